@@ -1,0 +1,434 @@
+// Row-wise KL(P||Q) of tempered softmaxes on the CPU; formulas in ../kdkernels.h.
+//
+// A float32 or half row is read once. With c0 a guess of c = lse(target / T_P) - lse(input / T_Q)
+// and x = (target / T_P - input / T_Q) - c0, one sweep gathers, without any exponential of the
+// input's side,
+//
+//   S = sum e_j,  A = sum e_j (x_j + e^-x_j - 1),  B = sum e_j (e^-x_j - 1),  e_j = exp(target_j /
+//   T_P - max),
+//
+// from which y = c0 - c = log(1 + B / S), KL = A / S - (e^y - 1 - y), and Q_j - P_j is e_j / S
+// times (e^-x_j - e^y) e^-y. Nothing cancels: all three are sums of what is small where KL is. A
+// row in which some P underflows while Q need not (masked classes, logits far apart), and every
+// float64 row, takes the plain way: maximum and sum of both sides, then the terms of ../math.h.
+//
+// Threads take contiguous runs of rows, and each row is summed in one fixed order, so that results
+// do not depend on their number.
+#include <algorithm>
+#include <vector>
+
+#include "../kdkernels.h"
+#include "../math.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace kdkernels::cpu {
+namespace {
+
+// Short enough that float32 sums inside a block lose nothing that shows after a double takes them
+// over: with 32 additions a lane the difference of two rows' log-sum-exps is good to 2e-8.
+constexpr int64_t kBlock = 256;
+
+// max x, and the sum of 2^(x factor - shift) with shift = max x factor as rounded, over what has
+// been seen of a row; log2 of the row's sum of 2^(x factor) is shift + log2(sum). Sums across
+// blocks are in double.
+template <typename S>
+struct Softmax {
+  S factor;  // log2(e) / T, as rounded: from here on the temperature is exactly what that makes it
+  S max = -static_cast<S>(INFINITY);
+  S shift = 0;
+  double sum = 0;
+
+  KDK_INLINE void add(const S* x, int64_t n) {
+    S block_max = -static_cast<S>(INFINITY);
+#pragma omp simd reduction(max : block_max)
+    for (int64_t j = 0; j < n; ++j) block_max = x[j] > block_max ? x[j] : block_max;
+    if (block_max > max) {
+      const S next = block_max * factor;
+      if (sum != 0) sum *= std::exp2(static_cast<double>(shift) - next);
+      max = block_max;
+      shift = next;
+    }
+    S block_sum = 0;
+#pragma omp simd reduction(+ : block_sum)
+    for (int64_t j = 0; j < n; ++j) block_sum += exp2_above(x[j] * factor - shift);
+    // Where all so far is -inf there is nothing to add, and the least value must not be taken for
+    // something.
+    if (max != -static_cast<S>(INFINITY)) sum += block_sum;
+  }
+};
+
+template <typename S>
+struct Row {
+  S input_factor, target_factor;  // log2(e) / T
+  S input_shift, target_shift;
+  S input_norm, target_norm;  // 1 / sum
+  S offset;                   // log2 of the target's sum over the input's
+
+  KDK_INLINE KlTerm<S> term(S s, S t) const { return kl_term(p(t), q(s), delta(s, t)); }
+
+  // Equal temperatures leave (t - s) / T exactly: the other product is 0, or NaN where P = 0.
+  KDK_INLINE S delta(S s, S t) const {
+    return static_cast<S>(kLn2) *
+           ((t - s) * input_factor + t * (target_factor - input_factor) - offset);
+  }
+  KDK_INLINE S p(S t) const { return probability(t * target_factor - target_shift) * target_norm; }
+  KDK_INLINE S q(S s) const { return probability(s * input_factor - input_shift) * input_norm; }
+
+ private:
+  static KDK_INLINE S probability(S x) {
+    return x < S(-126) && sizeof(S) == 4 ? S(0) : exp2_above(x);
+  }
+};
+
+// What one sweep over a row finds.
+template <typename S>
+struct Sweep {
+  Row<S> row;
+  S input_max, target_max;
+  double loss;
+};
+
+// body(s, t, n, begin) over the blocks of one row, in the statistics type.
+template <typename T, typename Body>
+KDK_INLINE void for_each_block(const T* input, const T* target, int64_t classes, const Body& body) {
+  typename Statistics<T>::Type s_buffer[kBlock], t_buffer[kBlock];
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    body(widen_block(input + begin, n, s_buffer), widen_block(target + begin, n, t_buffer), n,
+         begin);
+  }
+}
+
+// The plain way to a row's statistics and loss.
+template <typename T, typename S>
+KDK_INLINE Sweep<S> plain_sweep(const T* input, const T* target, int64_t classes, S input_factor,
+                                S target_factor) {
+  Softmax<S> q{input_factor}, p{target_factor};
+  for_each_block(input, target, classes,
+                 [&](const S* s, const S* t, int64_t n, int64_t) KDK_INLINED {
+                   q.add(s, n);
+                   p.add(t, n);
+                 });
+  Sweep<S> found{
+      {input_factor, target_factor, q.shift, p.shift, static_cast<S>(1 / q.sum),
+       static_cast<S>(1 / p.sum),
+       static_cast<S>(static_cast<double>(p.shift) - q.shift + std::log2(p.sum / q.sum))},
+      q.max,
+      p.max,
+      0};
+  for_each_block(input, target, classes,
+                 [&](const S* s, const S* t, int64_t n, int64_t) KDK_INLINED {
+                   S loss = 0;
+#pragma omp simd reduction(+ : loss)
+                   for (int64_t j = 0; j < n; ++j) loss += found.row.term(s[j], t[j]).excess;
+                   found.loss += loss;
+                 });
+  return found;
+}
+
+// Where the fast sweep leaves e_j and w_j = e_j (e^-x_j - 1) for the gradient, and the shift of
+// each block. A float32 gradient holds w itself: the fewer lines a row touches, the longer it stays
+// in the inner caches.
+struct Stash {
+  std::vector<float> e, w, shift;
+};
+
+// One element of the file's opening comment, in base 2: with -x / ln 2 = k + f and 2^f = 1 + f ln 2
+// + u,
+//   e^-x - 1      = 2^k u + (2^k - 1)(1 + f ln 2) + f ln 2
+//   e^-x - 1 + x  = 2^k u + (2^k - 1)(1 + f ln 2) - k ln 2
+// which for k = 0 (|x| < 0.35) are u + f ln 2 and u: no cancellation, and no branch.
+struct FastRow {
+  float input_factor, target_factor, target_shift, guess;  // log2(e) / T; guess is c0 / ln 2
+
+  struct Element {
+    float e, x, minus_1, excess;  // x is -x / ln 2
+  };
+
+  KDK_INLINE Element element(float s, float t) const {
+    constexpr float kTwo = static_cast<float>(kLn2);
+    const float x = (s - t) * input_factor - t * (target_factor - input_factor) + guess;
+    const float shifted = x + kRound;
+    const float k = shifted - kRound;
+    const float f = x - k;
+    // u / f^2 for |f| <= 0.5: relative error <= 1.3e-7 (least-maximum fit).
+    float h = 1.54172785e-4f;
+    h = h * f + 1.33812503e-3f;
+    h = h * f + 9.61817220e-3f;
+    h = h * f + 5.55038111e-2f;
+    h = h * f + 2.40226505e-1f;
+    const float power = power_of_two(shifted);
+    const float g = f * kTwo;
+    const float rest = power * (h * f * f) + (power - 1.0f) * (1.0f + g);
+    return {exp2_above(t * target_factor - target_shift), x, rest + g, rest - k * kTwo};
+  }
+};
+
+// The fast sweep; false where the row must go the plain way. `y` is the file's y.
+template <bool kStash, typename T>
+KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, float input_factor,
+                           float target_factor, T* gradient, Sweep<float>& found, FastRow& fast,
+                           double& y, Stash& stash) {
+  float input_max = -INFINITY, target_max = -INFINITY;
+  fast = {input_factor, target_factor, 0, 0};
+  double S = 0, A = 0, B = 0;
+  float least = 1, largest = 0;
+  for_each_block(
+      input, target, classes,
+      [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
+        float s_max = -INFINITY, t_max = -INFINITY;
+#pragma omp simd reduction(max : s_max, t_max)
+        for (int64_t j = 0; j < n; ++j) {
+          s_max = s[j] > s_max ? s[j] : s_max;
+          t_max = t[j] > t_max ? t[j] : t_max;
+        }
+        input_max = s_max > input_max ? s_max : input_max;
+        if (t_max > target_max) {
+          const float next = t_max * target_factor;
+          const double rescale = std::exp2(static_cast<double>(fast.target_shift) - next);
+          S *= rescale, A *= rescale, B *= rescale;
+          target_max = t_max;
+          fast.target_shift = next;
+        }
+        // The maxima of the first block: off by no more than the noise near convergence, and never
+        // far.
+        if (begin == 0)
+          fast.guess = (t_max - s_max) * input_factor + t_max * (target_factor - input_factor);
+        float* e_out = kStash ? stash.e.data() + begin : nullptr;
+        float* w_out = kStash ? block_of(gradient + begin, stash.w.data() + begin) : nullptr;
+        stash.shift[begin / kBlock] = fast.target_shift;
+        const FastRow row = fast;
+        float sum = 0, excess = 0, difference = 0;
+#pragma omp simd reduction(+ : sum, excess, difference) reduction(min : least) \
+    reduction(max : largest)
+        for (int64_t j = 0; j < n; ++j) {
+          const auto element = row.element(s[j], t[j]);
+          const float size = std::fabs(element.x);
+          least = element.e < least ? element.e : least;
+          largest = size > largest ? size : largest;
+          const float w = element.e * element.minus_1;
+          sum += element.e;
+          excess += element.e * element.excess;
+          difference += w;
+          if (kStash) {
+            e_out[j] = element.e;
+            w_out[j] = w;
+          }
+        }
+        S += sum, A += excess, B += difference;
+      });
+  // 2^100 leaves room below the largest float for the sum of a row.
+  if (!(least > kLeastExp2 && largest < 100.0f)) return false;
+  y = std::log1p(B / S);
+  found.loss = A / S - (B / S - y);
+  // The input's side by way of c: log2 of its sum, split into a float and what is left of it.
+  const double offset = fast.guess - y / kLn2;
+  const double input_lse = fast.target_shift + std::log2(S) - offset;
+  const float input_shift = static_cast<float>(input_lse);
+  found.row = {input_factor,
+               target_factor,
+               input_shift,
+               fast.target_shift,
+               static_cast<float>(std::exp2(input_shift - input_lse)),
+               static_cast<float>(1 / S),
+               static_cast<float>(offset)};
+  found.input_max = input_max;
+  found.target_max = target_max;
+  return true;
+}
+
+// scale (Q - P) after a fast sweep: w and e each times one factor, from the stash or made again.
+template <bool kStash, typename T>
+KDK_INLINE void fast_gradient(const T* input, const T* target, int64_t classes, const FastRow& fast,
+                              double y, double scale, Stash& stash, T* gradient) {
+  const double of_w = scale * std::exp(-y);
+  float buffer[kBlock];
+  for_each_block(input, target, classes,
+                 [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
+                   FastRow row = fast;
+                   row.target_shift = stash.shift[begin / kBlock];
+                   const double rescaled =
+                       of_w * std::exp2(static_cast<double>(row.target_shift) - fast.target_shift);
+                   const auto a = static_cast<float>(rescaled);
+                   const auto b = static_cast<float>(rescaled * std::expm1(y));
+                   float* block =
+                       block_of(gradient + begin, kStash ? stash.w.data() + begin : buffer);
+                   const float* e = stash.e.data() + begin;
+#pragma omp simd
+                   for (int64_t j = 0; j < n; ++j) {
+                     if (kStash) {
+                       block[j] = a * block[j] - b * e[j];
+                     } else {
+                       const auto element = row.element(s[j], t[j]);
+                       const float w = element.e * element.minus_1;
+                       block[j] = a * w - b * element.e;
+                     }
+                   }
+                   narrow_block(block, n, gradient + begin);
+                 });
+}
+
+template <typename T>
+KDK_INLINE T* row_of(void* base, int64_t row, int64_t stride) {
+  return base == nullptr ? nullptr : static_cast<T*>(base) + row * stride;
+}
+
+template <typename T>
+KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_t end_row) {
+  using S = typename Statistics<T>::Type;
+  const auto* input_temperature = static_cast<const S*>(params.input_temperature);
+  const auto* target_temperature = static_cast<const S*>(params.target_temperature);
+  const auto* row_scale = static_cast<const S*>(params.row_scale);
+  auto* loss_out = static_cast<S*>(params.loss);
+  auto* input_temperature_out = static_cast<S*>(params.grad_input_temperature);
+  auto* target_temperature_out = static_cast<S*>(params.grad_target_temperature);
+  const int64_t classes = params.classes;
+  // With 32 rows or more to a thread's stash, memory stays at one gradient and little. The choice
+  // must not depend on the number of threads: the two ways may round differently.
+  constexpr int64_t kStashRows = sizeof(T) == sizeof(float) ? 1 : 4;
+  const bool stashed = params.grad_input != nullptr && params.rows >= 32 * kStashRows;
+  Stash stash;
+  stash.shift.resize(classes / kBlock + 1);
+  if (stashed) {
+    stash.e.resize(classes);
+    stash.w.resize(sizeof(T) == sizeof(float) ? 0 : classes);
+  }
+
+  for (int64_t r = begin_row; r < end_row; ++r) {
+    T* grad_input = row_of<T>(params.grad_input, r, classes);
+    T* grad_target = row_of<T>(params.grad_target, r, classes);
+    if (params.mask != nullptr && params.mask[r] == 0) {
+      if (loss_out != nullptr) loss_out[r] = 0;
+      if (grad_input != nullptr) std::memset(grad_input, 0, sizeof(T) * classes);
+      if (grad_target != nullptr) std::memset(grad_target, 0, sizeof(T) * classes);
+      if (input_temperature_out != nullptr) input_temperature_out[r] = 0;
+      if (target_temperature_out != nullptr) target_temperature_out[r] = 0;
+      continue;
+    }
+    const double input_inverse =
+        1 / (input_temperature ? double(input_temperature[r]) : params.input_temperature_value);
+    const double target_inverse =
+        1 / (target_temperature ? double(target_temperature[r]) : params.target_temperature_value);
+    const double scale = row_scale ? double(row_scale[r]) : params.scale;
+    const T* input = static_cast<const T*>(params.input) + r * params.input_stride;
+    const T* target = static_cast<const T*>(params.target) + r * params.target_stride;
+    const S input_factor = static_cast<S>(input_inverse * kLog2E);
+    const S target_factor = static_cast<S>(target_inverse * kLog2E);
+
+    Sweep<S> found;
+    bool wants_gradient = grad_input != nullptr;
+    if constexpr (std::is_same<S, float>::value) {
+      FastRow fast;
+      double y;
+      const auto run = [&](auto with_stash) KDK_INLINED {
+        constexpr bool kStash = decltype(with_stash)::value;
+        if (!fast_sweep<kStash>(input, target, classes, input_factor, target_factor, grad_input,
+                                found, fast, y, stash)) {
+          found = plain_sweep(input, target, classes, input_factor, target_factor);
+        } else if (wants_gradient) {
+          const double each = scale * input_inverse * found.row.target_norm;
+          fast_gradient<kStash>(input, target, classes, fast, y, each, stash, grad_input);
+          wants_gradient = false;
+        }
+      };
+      if (stashed) {
+        run(std::true_type{});
+      } else {
+        run(std::false_type{});
+      }
+    } else {
+      found = plain_sweep(input, target, classes, input_factor, target_factor);
+    }
+    const Row<S>& row = found.row;
+    const S loss = static_cast<S>(found.loss);
+    if (loss_out != nullptr) loss_out[r] = loss;
+
+    S buffer[kBlock];
+    if (wants_gradient) {
+      const S input_scale = static_cast<S>(scale * input_inverse);
+      for_each_block(input, target, classes,
+                     [&](const S* s, const S* t, int64_t n, int64_t begin) KDK_INLINED {
+                       S* gradient = block_of(grad_input + begin, buffer);
+#pragma omp simd
+                       for (int64_t j = 0; j < n; ++j)
+                         gradient[j] = input_scale * row.term(s[j], t[j]).difference;
+                       narrow_block(gradient, n, grad_input + begin);
+                     });
+    }
+    if (grad_target != nullptr) {
+      const S target_scale = static_cast<S>(scale * target_inverse);
+      for_each_block(input, target, classes,
+                     [&](const S* s, const S* t, int64_t n, int64_t begin) KDK_INLINED {
+                       S* gradient = block_of(grad_target + begin, buffer);
+#pragma omp simd
+                       for (int64_t j = 0; j < n; ++j) {
+                         gradient[j] = target_scale *
+                                       kl_target_gradient(row.p(t[j]), row.delta(s[j], t[j]), loss);
+                       }
+                       narrow_block(gradient, n, grad_target + begin);
+                     });
+    }
+    // The weights Q - P and P (D - loss) sum to 0 over a row, so the logits are taken from their
+    // maximum: that changes the rounding only. A weight of 0 counts for nothing, whatever the
+    // logit.
+    if (input_temperature_out != nullptr) {
+      double moment = 0;
+      for_each_block(input, target, classes,
+                     [&](const S* s, const S* t, int64_t n, int64_t) KDK_INLINED {
+                       S sum = 0;
+#pragma omp simd reduction(+ : sum)
+                       for (int64_t j = 0; j < n; ++j) {
+                         const S w = row.term(s[j], t[j]).difference;
+                         sum += w == S(0) ? S(0) : w * (s[j] - found.input_max);
+                       }
+                       moment += sum;
+                     });
+      input_temperature_out[r] = static_cast<S>(-scale * input_inverse * input_inverse * moment);
+    }
+    if (target_temperature_out != nullptr) {
+      double moment = 0;
+      for_each_block(input, target, classes,
+                     [&](const S* s, const S* t, int64_t n, int64_t) KDK_INLINED {
+                       S sum = 0;
+#pragma omp simd reduction(+ : sum)
+                       for (int64_t j = 0; j < n; ++j) {
+                         const S w = kl_target_gradient(row.p(t[j]), row.delta(s[j], t[j]), loss);
+                         sum += w == S(0) ? S(0) : w * (t[j] - found.target_max);
+                       }
+                       moment += sum;
+                     });
+      target_temperature_out[r] = static_cast<S>(-scale * target_inverse * target_inverse * moment);
+    }
+  }
+}
+
+// Clones are made of plain functions only, one for each element type.
+KDK_CLONES void rows_float32(const KlDivParams& p, int64_t b, int64_t e) {
+  kl_div_rows<float>(p, b, e);
+}
+KDK_CLONES void rows_float16(const KlDivParams& p, int64_t b, int64_t e) {
+  kl_div_rows<Float16>(p, b, e);
+}
+KDK_CLONES void rows_bfloat16(const KlDivParams& p, int64_t b, int64_t e) {
+  kl_div_rows<BFloat16>(p, b, e);
+}
+KDK_CLONES void rows_float64(const KlDivParams& p, int64_t b, int64_t e) {
+  kl_div_rows<double>(p, b, e);
+}
+
+}  // namespace
+
+void kl_div(const KlDivParams& params, int threads) {
+  const int64_t bytes = params.rows * params.classes * element_size(params.dtype);
+  prefer_large_pages(params.grad_input, bytes);
+  prefer_large_pages(params.grad_target, bytes);
+  auto* body = params.dtype == DType::kFloat32    ? rows_float32
+               : params.dtype == DType::kFloat16  ? rows_float16
+               : params.dtype == DType::kBFloat16 ? rows_bfloat16
+                                                  : rows_float64;
+  for_each_run_of_rows(params.rows, params.classes, threads,
+                       [&](int64_t begin, int64_t end) { body(params, begin, end); });
+}
+
+}  // namespace kdkernels::cpu

@@ -1,0 +1,50 @@
+// Rows over threads, and pages for large outputs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace kdkernels::cpu {
+
+// Less work than this does not pay for waking another thread.
+constexpr int64_t kElementsPerThread = 4096;
+
+// body(begin, end) over contiguous runs of rows. The pool is that of the OpenMP library already in
+// the process (torch's), so no second set of threads competes for the cores.
+template <typename Body>
+void for_each_run_of_rows(int64_t rows, int64_t classes, int threads, const Body& body) {
+  const int64_t useful = std::max<int64_t>(1, rows * classes / kElementsPerThread);
+  const int64_t count = std::min({static_cast<int64_t>(threads), rows, useful});
+  if (count <= 1) {
+    if (rows > 0) body(int64_t{0}, rows);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(count)) schedule(static, 1)
+  for (int64_t i = 0; i < count; ++i) body(rows * i / count, rows * (i + 1) / count);
+}
+
+// Asks for large pages where a fresh output is about to be written: with 4 KiB pages, faulting them
+// in took longer than computing what they hold. A hint: nothing is lost where the system declines
+// it.
+inline void prefer_large_pages(void* base, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(base) + kPage - 1) & ~(kPage - 1);
+  const auto end =
+      (reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (base != nullptr && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)base;
+  (void)bytes;
+#endif
+}
+
+}  // namespace kdkernels::cpu

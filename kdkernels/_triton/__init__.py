@@ -1,0 +1,1 @@
+"""Triton bodies of the ops, one file per op, same stems as kdkernels/ops."""

@@ -1,0 +1,229 @@
+"""Which backend runs a call, and the `torch.library` namespace that the ops register in.
+
+A backend is a set of functions with equal arguments: inputs, outputs allocated by the caller, scalars; they
+return nothing. What is available is decided once, at import:
+
+=========== ============================================== ===========================================
+backend     devices                                        dtypes
+=========== ============================================== ===========================================
+reference   every device                                   float64, float32, float16, bfloat16
+cpu         cpu (the native module was built)              float64, float32, float16, bfloat16
+triton      cuda (triton is installed); cpu when           float32, float16, bfloat16
+            ``TRITON_INTERPRET=1`` was set before import
+cuda        cuda (the native module was built with nvcc)   float32, float16, bfloat16
+=========== ============================================== ===========================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("kdkernels", "DEF")
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "reference": (*HALF_AND_FLOAT, torch.float64),
+    "cpu": (*HALF_AND_FLOAT, torch.float64),
+    "triton": HALF_AND_FLOAT,
+    "cuda": HALF_AND_FLOAT,
+}
+# The native module's DType (csrc/kdkernels.h).
+_DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def _native() -> ModuleType | None:
+    # Absent is a pure-Python install; present but broken is an error that must be seen.
+    if importlib.util.find_spec("kdkernels._C") is None:
+        return None
+    return importlib.import_module("kdkernels._C")
+
+
+_C = _native()
+
+
+def _devices() -> dict[str, dict[str, str]]:
+    """For each backend and device type, "" where it runs, else why it does not."""
+    no_module = "the native module was not built (reinstall without KDKERNELS_NATIVE=0)"
+    no_nvcc = "the native module was built without CUDA (reinstall with nvcc on PATH or KDKERNELS_CUDA=1)"
+    no_triton = "triton is not installed (pip install triton)"
+    no_interpreter = "triton runs on the CPU only with TRITON_INTERPRET=1 set before the import"
+    triton = importlib.util.find_spec("triton") is not None
+    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+    cuda = no_module if _C is None else "" if _C.with_cuda else no_nvcc
+    return {
+        "cpu": {"cpu": no_module if _C is None else ""},
+        "triton": {
+            "cuda": "" if triton else no_triton,
+            "cpu": no_triton if not triton else "" if interpreter else no_interpreter,
+        },
+        "cuda": {"cuda": cuda},
+    }
+
+
+_DEVICES = _devices()
+# What `backend=None` tries, in this order. CUDA C++ before Triton: the kernels move the same bytes, and a
+# C++ launch costs the host less than Triton's Python launcher.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def _why_not(backend: str, device: str) -> str:
+    if backend == "reference":
+        return ""
+    return _DEVICES[backend].get(device, f"it does not run on {device} tensors")
+
+
+def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
+    """For each backend, "available" on tensors of `device` (a type such as "cuda"), else the reason why not.
+
+    >>> kdkernels.available_backends("cpu")["reference"]
+    'available'
+    """
+    kind = torch.device(device).type
+    return {name: _why_not(name, kind) or "available" for name in BACKENDS}
+
+
+def resolve(backend: str | None, tensor: Tensor, name: str) -> str:
+    """The backend that runs a call on `tensor` (the argument called `name`).
+
+    Raises ValueError for an unknown backend, RuntimeError for one that is not available on the tensor's
+    device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    if dtype not in DTYPES["reference"]:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_short(dtype)}")
+    if backend is None:
+        for candidate in _PREFERENCE.get(device, ("reference",)):
+            if not _why_not(candidate, device) and dtype in DTYPES[candidate]:
+                return candidate
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = _why_not(backend, device)
+    if reason:
+        raise RuntimeError(f"backend {backend!r} is not available for {name} on {device}: {reason}")
+    if dtype not in DTYPES[backend]:
+        takes = ", ".join(map(_short, DTYPES[backend]))
+        raise TypeError(f"backend {backend!r} takes {takes}; {name} is {_short(dtype)}")
+    return backend
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all others: the dtype of losses, sums and temperatures."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _on_threads(function: Callable[..., None]) -> Callable[..., None]:
+    return lambda tensor, *arguments: function(torch.get_num_threads(), *arguments)
+
+
+def _on_stream(function: Callable[..., None]) -> Callable[..., None]:
+    def run(tensor: Tensor, *arguments: object) -> None:
+        with torch.cuda.device_of(tensor):
+            function(torch.cuda.current_stream(tensor.device).cuda_stream, *arguments)
+
+    return run
+
+
+def native_kl_div(run: Callable[..., None]) -> Callable[..., None]:
+    """The launcher over `run(tensor, *arguments)`, which adds the threads or the stream of the tensor."""
+
+    def kl_div(
+        input: Tensor,  # (M, N)
+        target: Tensor,  # (M, N)
+        input_temperature: Tensor | None,  # (M,)
+        target_temperature: Tensor | None,  # (M,)
+        input_temperature_value: float,
+        target_temperature_value: float,
+        row_scale: Tensor | None,  # (M,)
+        scale: float,
+        mask: Tensor | None,  # (M,)
+        loss: Tensor | None,  # (M,)
+        grad_input: Tensor | None,  # (M, N)
+        grad_target: Tensor | None,  # (M, N)
+        grad_input_temperature: Tensor | None,  # (M,)
+        grad_target_temperature: Tensor | None,  # (M,)
+    ) -> None:
+        rows, classes = input.shape
+        run(
+            input,
+            _DTYPE_CODE[input.dtype],
+            rows,
+            classes,
+            input.stride(0),
+            target.stride(0),
+            input.data_ptr(),
+            target.data_ptr(),
+            _address(input_temperature),
+            _address(target_temperature),
+            input_temperature_value,
+            target_temperature_value,
+            _address(row_scale),
+            scale,
+            _address(mask),
+            _address(loss),
+            _address(grad_input),
+            _address(grad_target),
+            _address(grad_input_temperature),
+            _address(grad_target_temperature),
+        )
+
+    return kl_div
+
+
+def native_scale_rows(run: Callable[..., None]) -> Callable[..., None]:
+    """The launcher over `run`, as for `native_kl_div`."""
+
+    def scale_rows(grad: Tensor, scale: Tensor) -> None:  # (M, N), () or (M,)
+        rows, classes = grad.shape
+        stride = scale.stride(0) if scale.dim() else 0
+        run(grad, _DTYPE_CODE[grad.dtype], rows, classes, _address(grad), _address(scale), stride)
+
+    return scale_rows
+
+
+def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
+    table: dict[tuple[str, str], Callable[..., None]] = {}
+    if _C is not None:
+        table["cpu", "kl_div"] = native_kl_div(_on_threads(_C.cpu_kl_div))
+        table["cpu", "scale_rows"] = native_scale_rows(_on_threads(_C.cpu_scale_rows))
+        if _C.with_cuda:
+            table["cuda", "kl_div"] = native_kl_div(_on_stream(_C.cuda_kl_div))
+            table["cuda", "scale_rows"] = native_scale_rows(_on_stream(_C.cuda_scale_rows))
+    if importlib.util.find_spec("triton") is not None:
+        for name in ("kl_div", "scale_rows"):
+            table["triton", name] = _first_use(name)
+    return table
+
+
+def _first_use(name: str) -> Callable[..., None]:
+    """A Triton launcher whose module is imported at its first call: importing triton takes a second."""
+
+    def launch(*arguments: object) -> None:
+        function = getattr(importlib.import_module(f"kdkernels._triton.{name}"), name)
+        _LAUNCHERS["triton", name] = function
+        function(*arguments)
+
+    return launch
+
+
+_LAUNCHERS = _launchers()
+
+
+def launcher(backend: str, name: str) -> Callable[..., None]:
+    """The function of `backend` that runs the kernel `name`."""
+    return _LAUNCHERS[backend, name]

@@ -1,0 +1,478 @@
+r"""Row-wise KL divergence of temperature softmaxes (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
+
+For rows of logits t ("target", P's side) and s ("input", Q's side), with temperatures T_P and T_Q:
+
+    P = softmax(t / T_P),  Q = softmax(s / T_Q),  D = log P - log Q,  KL(P||Q) = sum_j P_j D_j
+
+The teacher is the target and the student the input; ``reverse`` exchanges the two and nothing else.
+
+Gradient, for a row that enters the loss with factor w:
+    dKL/ds_j  = w (Q_j - P_j) / T_Q              dKL/dT_Q = -w / T_Q  sum_j (Q_j - P_j) s_j / T_Q
+    dKL/dt_j  = w P_j (D_j - KL) / T_P           dKL/dT_P = -w / T_P  sum_j P_j (D_j - KL) t_j / T_P
+
+Rounding: the logits are differenced first, and KL is summed in the Bregman form sum_j P_j (D_j + e^-D_j - 1),
+whose terms are all >= 0 and of second order, so that nothing cancels as the student approaches the teacher.
+
+Saved: the inputs, and the gradient that the forward already computed while it had the rows at hand. The first
+backward hands that buffer out; any later one computes it again from the inputs. Double backward goes through
+the reference.
+
+Bytes moved per element by forward + backward of one side: 2 reads and 1 write of the input's dtype, where a
+row is read once (kdkernels._triton.kl_div says for which sizes that holds on a GPU).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype
+from kdkernels.ops.scale_rows import scale_rows_
+
+Temperature = float | Tensor
+REDUCTIONS = ("none", "sum", "batchmean")
+
+
+def kl_div_reference(
+    student: Tensor,  # (..., N)
+    teacher: Tensor,  # (..., N)
+    *,
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature | None = None,
+    reverse: bool = False,
+    mask: Tensor | None = None,  # rows
+    weights: Tensor | None = None,  # rows
+    reduction: str = "batchmean",
+) -> Tensor:
+    """The specification of `kl_div`: plain PyTorch, on any device, with any derivative.
+
+    Same arguments and result as `kl_div`, which checks them; here they are taken as they come.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    q_logits, p_logits, q_temperature, p_temperature = student, teacher, temperature, teacher_temperature
+    if reverse:
+        q_logits, p_logits, q_temperature, p_temperature = teacher, student, teacher_temperature, temperature
+    if mask is not None:  # a row that does not count is not looked at: whatever it holds cannot spread
+        q_logits, p_logits = (torch.where(mask[..., None], x, 0) for x in (q_logits, p_logits))
+    log_q, log_p = (
+        torch.log_softmax(x.to(statistics_dtype(x.dtype)) / (t[..., None] if isinstance(t, Tensor) else t), -1)
+        for x, t in ((q_logits, q_temperature), (p_logits, p_temperature))
+    )
+    p, q = log_p.exp(), log_q.exp()
+    delta = torch.where(p == 0, 0, log_p - log_q)
+    near = delta.abs() < 1
+    difference = torch.where(near & (p > 0), p * torch.expm1(-torch.where(near, delta, 0)), q - p)
+    rows = (p * delta + difference).sum(-1)
+    if mask is not None:
+        rows = torch.where(mask, rows, 0)
+        weights = None if weights is None else torch.where(mask, weights, 0)
+    if weights is not None:
+        rows = rows * weights
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.expand(rows.shape).sum().clamp(min=1))
+
+
+_INPUTS = (
+    "Tensor input, Tensor target, Tensor? input_temperature, Tensor? target_temperature, "
+    "float input_temperature_value, float target_temperature_value, Tensor? row_scale, float scale, "
+    "Tensor? mask, bool[] needs, str backend"
+)
+# Both give the gradients that `needs` asks for, in the order input, target, input_temperature,
+# target_temperature, times row_scale (or scale); the first gives the unscaled losses before them.
+LIBRARY.define(f"kl_div_fwd({_INPUTS}) -> Tensor[]")
+LIBRARY.define(f"kl_div_bwd({_INPUTS}) -> Tensor[]")
+
+
+def _outputs(input: Tensor, needs: list[bool], with_loss: bool) -> list[Tensor | None]:
+    rows = input.shape[0]
+    dtype = statistics_dtype(input.dtype)
+    return [
+        input.new_empty(rows, dtype=dtype) if with_loss else None,
+        input.new_empty(input.shape) if needs[0] else None,
+        input.new_empty(input.shape) if needs[1] else None,
+        input.new_empty(rows, dtype=dtype) if needs[2] else None,
+        input.new_empty(rows, dtype=dtype) if needs[3] else None,
+    ]
+
+
+def _body(with_loss: bool) -> Any:
+    def body(
+        input: Tensor,  # (M, N)
+        target: Tensor,  # (M, N)
+        input_temperature: Tensor | None,  # (M,)
+        target_temperature: Tensor | None,  # (M,)
+        input_temperature_value: float,
+        target_temperature_value: float,
+        row_scale: Tensor | None,  # (M,)
+        scale: float,
+        mask: Tensor | None,  # (M,)
+        needs: list[bool],
+        backend: str,
+    ) -> list[Tensor]:
+        outputs = _outputs(input, needs, with_loss)
+        if input.shape[0]:
+            launcher(backend, "kl_div")(
+                input,
+                target,
+                input_temperature,
+                target_temperature,
+                input_temperature_value,
+                target_temperature_value,
+                row_scale,
+                scale,
+                mask,
+                *outputs,
+            )
+        return [output for output in outputs if output is not None]
+
+    return body
+
+
+def _fake(with_loss: bool) -> Any:
+    def fake(input: Tensor, *arguments: Any) -> list[Tensor]:
+        needs = arguments[-2]
+        return [output for output in _outputs(input, needs, with_loss) if output is not None]
+
+    return fake
+
+
+for _name, _with_loss in (("kl_div_fwd", True), ("kl_div_bwd", False)):
+    LIBRARY.impl(_name, _body(_with_loss), "CPU")
+    LIBRARY.impl(_name, _body(_with_loss), "CUDA")
+    torch.library.register_fake(f"kdkernels::{_name}", _fake(_with_loss), lib=LIBRARY)
+
+kl_div_fwd = torch.ops.kdkernels.kl_div_fwd.default
+kl_div_bwd = torch.ops.kdkernels.kl_div_bwd.default
+
+
+def _row_scale(
+    weights: Tensor | None, mask: Tensor | None, reduction: str, rows: int, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """What each row is multiplied with on its way into the loss: (rows,) values, or one for all."""
+    if mask is None:
+        scale = 1 / max(rows, 1) if reduction == "batchmean" else 1.0
+        return (None, scale) if weights is None else (weights * scale, 1.0)
+    if weights is not None:
+        weights = torch.where(mask, weights, 0)
+    if reduction != "batchmean":
+        return weights, 1.0
+    each = mask.sum().clamp(min=1).to(dtype).reciprocal()
+    return (each.expand(rows).contiguous() if weights is None else weights * each), 1.0
+
+
+class _KLDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,  # (M, N)
+        target: Tensor,  # (M, N)
+        input_temperature: Temperature,  # (M,)
+        target_temperature: Temperature,  # (M,)
+        weights: Tensor | None,  # (M,)
+        mask: Tensor | None,  # (M,)
+        reduction: str,
+        backend: str,
+    ) -> Tensor:
+        row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype))
+        needs = list(ctx.needs_input_grad[:4])
+        # A captured graph cannot hand a buffer out once: there the backward computes.
+        at_once = not torch.compiler.is_compiling()
+        arguments = (*_split(input_temperature, target_temperature), row_scale, scale, mask)
+        rows, *gradients = kl_div_fwd(
+            input, target, *arguments, needs if at_once else [False] * 4, backend
+        )
+        ctx.gradients = gradients if at_once else None
+        ctx.reduction, ctx.backend, ctx.scale = reduction, backend, scale
+        ctx.input_temperature, ctx.target_temperature = arguments[2:4]
+        keep_rows = rows if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(input, target, *arguments[:2], weights, mask, row_scale, keep_rows)
+        return _reduce(rows, row_scale, scale, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
+        input, target, input_temperature, target_temperature, weights, mask, row_scale, rows = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            return _differentiable_backward(ctx, grad_output)
+        gradients, ctx.gradients = ctx.gradients, None
+        grad_output = grad_output.contiguous()
+        if gradients is not None:
+            for gradient in gradients:
+                if gradient.dim() == 2:
+                    scale_rows_(gradient, grad_output, ctx.backend)
+                else:
+                    gradient.mul_(grad_output)
+        elif any(needs):
+            if row_scale is None:
+                row_scale = (grad_output * ctx.scale).expand(input.shape[0]).contiguous()
+            else:
+                row_scale = row_scale * grad_output
+            gradients = kl_div_bwd(
+                input,
+                target,
+                input_temperature,
+                target_temperature,
+                ctx.input_temperature,
+                ctx.target_temperature,
+                row_scale,
+                1.0,
+                mask,
+                needs,
+                ctx.backend,
+            )
+        remaining = iter(gradients or ())
+        found: list[Tensor | None] = [next(remaining) if need else None for need in needs]
+        if ctx.needs_input_grad[4]:
+            each, scale = _row_scale(None, mask, ctx.reduction, rows.shape[0], rows.dtype)
+            found.append(rows * grad_output * (scale if each is None else each))
+        else:
+            found.append(None)
+        return (*found, None, None, None)
+
+
+def _split(*temperatures: Temperature) -> tuple[Any, ...]:
+    """(a, b) as the op takes them: tensors or None, then floats."""
+    tensors = [t if isinstance(t, Tensor) else None for t in temperatures]
+    return (*tensors, *(1.0 if isinstance(t, Tensor) else t for t in temperatures))
+
+
+def _reduce(rows: Tensor, row_scale: Tensor | None, scale: float, reduction: str) -> Tensor:
+    if row_scale is not None:
+        rows = rows * row_scale
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if scale == 1.0 else total.mul_(scale)
+
+
+def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient as a graph, for ``create_graph=True``: autograd through the reference."""
+    input, target, input_temperature, target_temperature, weights, mask, _, _ = ctx.saved_tensors
+    temperatures = (
+        ctx.input_temperature if input_temperature is None else input_temperature,
+        ctx.target_temperature if target_temperature is None else target_temperature,
+    )
+    loss = kl_div_reference(
+        input,
+        target,
+        temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+        mask=mask,
+        weights=weights,
+        reduction=ctx.reduction,
+    )
+    sources = (input, target, *temperatures, weights)
+    wanted = [source for source, need in zip(sources, ctx.needs_input_grad) if need]
+    gradients = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+    return (*(next(gradients) if need else None for need in ctx.needs_input_grad[:5]), None, None, None)
+
+
+def kl_div(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    teacher_temperature: Temperature | None = None,
+    reverse: bool = False,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""KL(teacher‖student) of temperature softmaxes, row by row; no T² factor.
+
+    Each row is KL(p‖q) = Σ p (log p − log q) with p = softmax(teacher / T_t), q = softmax(student / T_s).
+    Multiply the result by T² for the loss of Hinton et al. (arXiv 1503.02531).
+
+    Args:
+        student: (..., N) logits: float32, float16, bfloat16, or float64 (backends reference and cpu).
+        teacher: (..., N) logits of the same shape, dtype and device. −inf is legal in both (a masked class):
+            where p > 0 and q = 0 the row is +inf. Gradients go to the teacher too when it requires them.
+        temperature: T_s, and T_t unless given: a positive float, or a floating tensor that broadcasts to the
+            rows (...), learnable. The values of a tensor are checked on the CPU only (a GPU would have to
+            wait); there a value ≤ 0 gives what the formula gives.
+        teacher_temperature: T_t, when it differs.
+        reverse: KL(student‖teacher) instead, KL(q‖p).
+        mask: bool, broadcasts to the rows: True where a row counts. A row that does not count is not read,
+            so it may hold anything; its loss and gradients are 0.
+        weights: floating, broadcasts to the rows: multiplies each row's loss; differentiable.
+        reduction: "none" (the rows), "sum", or "batchmean": the sum divided by how many rows count (those
+            that the mask leaves, whatever their weights). With no row that counts the loss is 0.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available for the
+            student's device and dtype (`available_backends`). A named one is obeyed or raises.
+
+    Returns:
+        The loss, () or (...): float32, or float64 for float64 logits. Its gradients have the inputs' dtypes.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device, value or name.
+        RuntimeError: the named backend is not available.
+
+    Second derivatives are right (they go through the reference). Equal inputs give bit-equal results.
+
+    >>> loss = 4.0**2 * kdkernels.kl_div(student_logits, teacher_logits, temperature=4.0)
+    """
+    _check_logits(student, teacher)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    backend = resolve(backend, student, "student")
+    rows = student.shape[:-1]
+    dtype = statistics_dtype(student.dtype)
+    temperature = _temperature(temperature, "temperature", student, dtype)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        teacher_temperature = _temperature(teacher_temperature, "teacher_temperature", student, dtype)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {_kind(mask)}")
+        mask = _over_rows(mask, "mask", student)
+    if weights is not None:
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            raise TypeError(f"weights must be a floating tensor, got {_kind(weights)}")
+        weights = _over_rows(weights, "weights", student).to(dtype)
+
+    if backend == "reference":
+        return kl_div_reference(
+            student,
+            teacher,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            reverse=reverse,
+            mask=mask,
+            weights=weights,
+            reduction=reduction,
+        )
+
+    input, target = _matrix(student), _matrix(teacher)
+    input_temperature, target_temperature = _flat(temperature), _flat(teacher_temperature)
+    if reverse:
+        input, target = target, input
+        input_temperature, target_temperature = target_temperature, input_temperature
+    weights, mask = _flat(weights), _flat(mask)
+
+    sources = (input, target, input_temperature, target_temperature, weights)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in sources):
+        loss = _KLDiv.apply(*sources, mask, reduction, backend)
+    else:
+        row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], dtype)
+        temperatures = _split(input_temperature, target_temperature)
+        [losses] = kl_div_fwd(
+            input, target, *temperatures, row_scale, scale, mask, [False] * 4, backend
+        )
+        loss = _reduce(losses, row_scale, scale, reduction)
+    return loss.view(rows) if reduction == "none" else loss
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student must be a tensor of logits, got {_kind(student)}")
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher must be a tensor of logits, got {_kind(teacher)}")
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
+        )
+    if teacher.dtype != student.dtype:
+        raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
+    if teacher.device != student.device:
+        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+
+
+def _temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
+    if not isinstance(value, Tensor):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a float or a tensor, got {_kind(value)}") from None
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+        return number
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float or a floating tensor, got {_kind(value)}")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = value.detach()[~((value > 0) & (value < math.inf))]
+        if bad.numel():
+            raise ValueError(f"{name} must be positive and finite, got {bad[0].item()}")
+    return _over_rows(value, name, student).to(dtype)
+
+
+def _over_rows(value: Tensor, name: str, student: Tensor) -> Tensor:
+    """`value` expanded to the student's rows."""
+    rows = student.shape[:-1]
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
+    if value.dim() > len(rows) or any(
+        have not in (1, want) for have, want in zip(reversed(value.shape), reversed(rows))
+    ):
+        raise ValueError(f"{name} must broadcast to the rows {tuple(rows)}, got shape {tuple(value.shape)}")
+    return value.expand(rows)
+
+
+def _kind(value: Any) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+
+
+def _matrix(logits: Tensor) -> Tensor:  # (..., N) -> (M, N) with classes side by side, a view where it can be
+    if logits.dim() != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _flat(value: Any) -> Any:  # rows -> (M,) contiguous; anything that is no tensor as it is
+    return value.reshape(-1).contiguous() if isinstance(value, Tensor) else value
+
+
+class KLDivLoss(nn.Module):
+    """`kl_div` as a module: ``KLDivLoss(temperature=4.0)(student, teacher)``.
+
+    The options are those of `kl_div`; ``mask`` and ``weights`` are given with each call. A temperature that is
+    an ``nn.Parameter`` is a parameter of the module.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 1.0,
+        teacher_temperature: Temperature | None = None,
+        reverse: bool = False,
+        reduction: str = "batchmean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.reverse = reverse
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        return kl_div(
+            student,
+            teacher,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            reverse=self.reverse,
+            mask=mask,
+            weights=weights,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reverse={self.reverse}, reduction={self.reduction!r}"

@@ -1,0 +1,26 @@
+"""grad[r, :] *= scale[r], in place: what a backward does to a gradient that its forward computed.
+
+Bytes moved: 4 for each row whose scale is 1, else 2·N·itemsize for it. So a loss that is itself the root of
+the backward pass (upstream gradient 1) pays nothing, and no value travels to the host to find that out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.backend import LIBRARY, launcher
+
+LIBRARY.define("scale_rows_(Tensor(a!) grad, Tensor scale, str backend) -> ()")
+
+
+def _body(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, N) contiguous, () or (M,)
+    if grad.numel():
+        launcher(backend, "scale_rows")(grad, scale)
+
+
+LIBRARY.impl("scale_rows_", _body, "CPU")
+LIBRARY.impl("scale_rows_", _body, "CUDA")
+torch.library.register_fake("kdkernels::scale_rows_", lambda grad, scale, backend: None, lib=LIBRARY)
+
+scale_rows_ = torch.ops.kdkernels.scale_rows_.default

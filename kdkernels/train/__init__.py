@@ -1,0 +1,1 @@
+"""A real distillation from the command line: `python -m kdkernels.train --help`."""

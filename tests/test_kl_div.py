@@ -1,0 +1,631 @@
+"""kl_div in every backend, against its reference in float64."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import device_of
+from testing import EPS32, REGIMES, assert_near, assert_not_vacuous, logits
+from torch import Tensor
+
+import kdkernels
+from kdkernels import KLDivLoss, kl_div, kl_div_reference
+
+NAMES = ("student", "teacher", "temperature", "teacher_temperature", "weights")
+
+
+def leaves(arguments: dict, dtype: torch.dtype | None = None) -> dict:
+    """Copies that require grad where they can; the logits in `dtype`, rows' values in its statistics' dtype."""
+    out = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            wanted = value.dtype if dtype is None else dtype
+            value = value.detach().to(wanted).clone().requires_grad_()
+        out[name] = value
+    return out
+
+
+def run(function, arguments: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    arguments = leaves(arguments) if upstream is None or upstream.dtype != torch.float64 else leaves(arguments, torch.float64)
+    loss = function(**arguments)
+    names = [name for name in NAMES if isinstance(arguments.get(name), Tensor)]
+    gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
+    return loss.detach(), dict(zip(names, gradients))
+
+
+def compare(backend: str, arguments: dict, *, vacuous: bool = False, seed: int = 0) -> None:
+    """Loss and all gradients of `backend` against the truth, under a random upstream gradient."""
+    student = arguments["student"]
+    reduction = arguments.get("reduction", "batchmean")
+    shape = student.shape[:-1] if reduction == "none" else ()
+    upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    upstream = upstream.float()  # a number that both dtypes hold
+    truth, true_gradients = run(kl_div_reference, arguments, upstream.double())
+    statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
+    reference, reference_gradients = run(kl_div_reference, arguments, upstream.to(statistics)) if (
+        statistics != torch.float64
+    ) else (truth, true_gradients)
+    device = device_of(backend)
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    if statistics == torch.float64:
+        moved = leaves(moved)
+        got = kl_div(**moved, backend=backend)
+        names = list(true_gradients)
+        gradients = dict(zip(names, torch.autograd.grad(got, [moved[n] for n in names], upstream.double().to(device))))
+    else:
+        got, gradients = run(lambda **a: kl_div(**a, backend=backend), moved, upstream.to(device))
+    got = got.detach().cpu()
+
+    def smallest(name: str) -> float:
+        t = arguments.get(name)
+        t = arguments.get("temperature", 1.0) if t is None else t
+        return t.min().item() if isinstance(t, Tensor) else float(t)
+
+    finite = torch.cat([arguments["student"].double().flatten(), arguments["teacher"].double().flatten()])
+    finite = finite[torch.isfinite(finite)]
+    temperature = min(smallest("temperature"), smallest("teacher_temperature"))
+    logit = max(1.0, finite.abs().max().item() / temperature)
+    weight = arguments["weights"].abs().max().item() if isinstance(arguments.get("weights"), Tensor) else 1.0
+    count = arguments["mask"].sum().item() if isinstance(arguments.get("mask"), Tensor) else math.prod(student.shape[:-1])
+    each = weight * (1 / max(count, 1) if reduction == "batchmean" else 1)
+    rows = math.prod(student.shape[:-1]) if reduction == "sum" else 1
+    magnitudes = {
+        "loss": logit * weight * rows,
+        "student": each * logit / temperature,
+        "teacher": each * logit * logit / temperature,
+        "temperature": each * logit * logit / temperature * rows,
+        "teacher_temperature": each * logit * logit / temperature * rows,
+        "weights": each * logit,
+    }
+    assert_near(got, truth, reference, magnitudes["loss"], "loss")
+    for name, true_gradient in true_gradients.items():
+        assert_near(gradients[name].cpu(), true_gradient, reference_gradients[name], magnitudes[name], name)
+        if not vacuous:
+            assert_not_vacuous(true_gradient, reference_gradients[name], magnitudes[name])
+    if not vacuous:
+        assert_not_vacuous(truth, reference, magnitudes["loss"])
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_loss_and_gradients(backend_dtype, regime, reverse):
+    backend, dtype = backend_dtype
+    student, teacher = logits(regime, (6, 100), dtype)
+    temperature = {"warm": 4.0, "near": 2.0}.get(regime, 1.0)
+    arguments = {"student": student, "teacher": teacher, "temperature": temperature, "reverse": reverse}
+    # Near convergence a half's output rounding, and far a one-hot side, are all there is to see.
+    compare(backend, arguments, vacuous=regime in ("near", "far"))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 257, 1000, 1023, 1025, 4099])
+def test_every_number_of_classes(backend, classes):
+    student, teacher = logits("plain", (3, classes), torch.float32)
+    compare(backend, {"student": student, "teacher": teacher, "temperature": 2.0}, vacuous=classes == 1)
+
+
+@pytest.mark.parametrize("classes", [100, 20_000])
+def test_last_class_counts(backend, classes):
+    student, teacher = torch.zeros(2, classes), torch.zeros(2, classes)
+    teacher[:, -1] = 8.0
+    compare(backend, {"student": student, "teacher": teacher})
+
+
+def test_different_temperatures(backend_dtype):
+    backend, dtype = backend_dtype
+    student, teacher = logits("plain", (5, 130), dtype)
+    for reverse in (False, True):
+        compare(backend, {
+            "student": student, "teacher": teacher, "temperature": 1.5, "teacher_temperature": 3.0, "reverse": reverse,
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_row_arguments_and_reductions(backend_dtype, reduction, reverse):
+    backend, dtype = backend_dtype
+    student, teacher = logits("plain", (2, 4, 50), dtype)
+    generator = torch.Generator().manual_seed(3)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    compare(backend, {
+        "student": student,
+        "teacher": teacher,
+        "temperature": 0.5 + 3 * torch.rand(2, 4, generator=generator, dtype=statistics),
+        "teacher_temperature": 0.5 + 3 * torch.rand(2, 1, generator=generator, dtype=statistics),
+        "mask": torch.tensor([[True, False, True, True], [False, True, True, False]]),
+        "weights": torch.rand(2, 4, generator=generator, dtype=statistics) - 0.3,
+        "reduction": reduction,
+        "reverse": reverse,
+    })  # fmt: skip
+
+
+def test_one_learnable_temperature_for_both(backend):
+    student, teacher = logits("plain", (4, 60), torch.float32)
+    compare(backend, {"student": student, "teacher": teacher, "temperature": torch.tensor(2.5)})
+
+
+def test_batchmean_divides_by_the_rows_that_count(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (6, 30), torch.float32))
+    mask = torch.tensor([True, False, True, True, False, False], device=device)
+    kept = kl_div(student[mask], teacher[mask], reduction="sum", backend=backend) / 3
+    torch.testing.assert_close(kl_div(student, teacher, mask=mask, backend=backend), kept)
+    weights = torch.full((6,), 2.0, device=device)
+    torch.testing.assert_close(kl_div(student, teacher, mask=mask, weights=weights, backend=backend), 2 * kept)
+
+
+def test_masked_rows_may_hold_anything(backend_dtype):
+    backend, dtype = backend_dtype
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (4, 70), dtype))
+    mask = torch.tensor([True, False, True, False], device=device)
+    clean = kl_div(student[mask], teacher[mask], backend=backend)
+    student[1], teacher[1], student[3], teacher[3] = math.nan, math.inf, -math.inf, math.nan
+    weights = torch.tensor([1.0, math.nan, 1.0, math.inf], device=device)
+    arguments = leaves({"student": student, "teacher": teacher, "weights": weights, "temperature": torch.ones(4, device=device)})
+    loss = kl_div(**arguments, mask=mask, backend=backend)
+    torch.testing.assert_close(loss, clean)
+    for x in torch.autograd.grad(loss, [arguments[n] for n in ("student", "teacher", "temperature", "weights")]):
+        assert torch.isfinite(x[mask]).all() and x[mask].abs().sum() > 0
+        assert (x[~mask] == 0).all()
+
+
+def test_nothing_counts(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device).requires_grad_() for x in logits("plain", (3, 40), torch.float32))
+    mask = torch.zeros(3, dtype=torch.bool, device=device)
+    for reduction in kdkernels.ops.kl_div.REDUCTIONS:
+        loss = kl_div(student, teacher, mask=mask, reduction=reduction, backend=backend)
+        assert (loss == 0).all() and loss.requires_grad
+        for gradient in torch.autograd.grad(loss.sum(), (student, teacher)):
+            assert (gradient == 0).all()
+
+
+def test_empty_batch(backend):
+    student = torch.zeros(0, 5, 7, device=device_of(backend), requires_grad=True)
+    for reduction, shape in (("none", (0, 5)), ("sum", ()), ("batchmean", ())):
+        loss = kl_div(student, student.detach(), reduction=reduction, backend=backend)
+        assert loss.shape == shape and (loss == 0).all()
+        [gradient] = torch.autograd.grad(loss.sum(), student)
+        assert gradient.shape == student.shape
+
+
+def test_one_row_and_no_row_dimension(backend):
+    student, teacher = logits("plain", (33,), torch.float32)
+    compare(backend, {"student": student, "teacher": teacher})
+    compare(backend, {"student": student, "teacher": teacher, "reduction": "none"})
+
+
+@pytest.mark.parametrize("layout", ["columns", "row stride", "transposed", "expanded", "four dimensions", "offset"])
+def test_layouts(backend_dtype, layout):
+    backend, dtype = backend_dtype
+    device = device_of(backend)
+    big_student, big_teacher = (x.to(device) for x in logits("plain", (8, 6, 99), dtype))
+    view = {
+        "columns": lambda x: x[:, 0, 3:90],
+        "row stride": lambda x: x[::2, 1],
+        "transposed": lambda x: x[0].T,
+        "expanded": lambda x: x[:1, 0].expand(5, 99),
+        "four dimensions": lambda x: x.reshape(2, 4, 6, 99)[:, 1:, ::2],
+        "offset": lambda x: x.flatten()[1 : 1 + 4 * 99].view(4, 99),
+    }[layout]
+    student, teacher = big_student.requires_grad_(), big_teacher.requires_grad_()
+    strided = kl_div(view(student), view(teacher), temperature=2.0, backend=backend)
+    dense = kl_div(view(student).contiguous(), view(teacher).contiguous(), temperature=2.0, backend=backend)
+    # Another alignment may take another loop, which adds in another order.
+    torch.testing.assert_close(strided, dense, rtol=4 * EPS32, atol=0)
+    for a, b in zip(*(torch.autograd.grad(loss, (student, teacher)) for loss in (strided, dense))):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_minus_infinity_is_a_class_without_mass(backend_dtype):
+    backend, dtype = backend_dtype
+    for classes in (40, 700):
+        student, teacher = logits("plain", (4, classes), dtype)
+        teacher[0, :5] = -math.inf  # q counts there: p = 0 < q
+        student[1, 7], teacher[1, 7] = -math.inf, -math.inf  # neither has mass
+        teacher[2, 1:] = -math.inf  # one class left
+        compare(backend, {"student": student, "teacher": teacher, "temperature": 1.5})
+        reverse = {"student": teacher, "teacher": student, "temperature": 1.5, "reverse": True}
+        compare(backend, reverse)
+
+
+def test_p_without_q_is_infinite(backend_dtype):
+    backend, dtype = backend_dtype
+    student, teacher = logits("plain", (3, 50), dtype)
+    student[1, 4] = -math.inf
+    student, teacher = student.to(device_of(backend)).requires_grad_(), teacher.to(device_of(backend))
+    loss = kl_div(student, teacher, reduction="none", backend=backend)
+    assert loss[1] == math.inf and torch.isfinite(loss[[0, 2]]).all()
+    [gradient] = torch.autograd.grad(loss.sum(), student)
+    p, q = torch.softmax(teacher.double(), -1), torch.softmax(student.detach().double(), -1)
+    torch.testing.assert_close(gradient.double(), q - p, rtol=0, atol=8 * max(torch.finfo(dtype).eps, EPS32))
+
+
+def test_nan_in_a_row_that_counts_shows(backend_dtype):
+    backend, dtype = backend_dtype
+    for side in ("student", "teacher"):
+        for bad in (math.nan, math.inf):
+            both = dict(zip(("student", "teacher"), (x.to(device_of(backend)) for x in logits("plain", (3, 300), dtype))))
+            both[side][1, 280] = bad
+            loss = kl_div(**both, reduction="none", backend=backend)
+            assert torch.isnan(loss[1]) and torch.isfinite(loss[[0, 2]]).all(), (side, bad)
+
+
+@pytest.mark.parametrize("classes", [32_000])
+def test_near_convergence_is_exact(backend, classes):
+    if backend == "reference":
+        pytest.skip("the reference differences log-softmaxes; in float64 it is the truth of this test")
+    device = device_of(backend)
+    teacher = torch.randn(2, classes, generator=torch.Generator().manual_seed(0))
+    student = teacher + 1e-3 * torch.randn(2, classes, generator=torch.Generator().manual_seed(1))
+    truth = student.double().requires_grad_()
+    expected = kl_div_reference(truth, teacher.double(), temperature=2.0)
+    [true_gradient] = torch.autograd.grad(expected, truth)
+    student = student.to(device).requires_grad_()
+    loss = kl_div(student, teacher.to(device), temperature=2.0, backend=backend)
+    [gradient] = torch.autograd.grad(loss, student)
+    assert abs(loss.item() / expected.item() - 1) < 1e-4
+    difference = gradient.cpu().double() - true_gradient
+    assert difference.norm() / true_gradient.norm() < 1e-4
+    assert difference.abs().max() / true_gradient.abs().max() < 1e-4
+
+
+def test_equal_logits_give_exactly_zero(backend_dtype):
+    backend, dtype = backend_dtype
+    student, teacher = logits("plain", (4, 333), dtype)
+    teacher = teacher.to(device_of(backend)).requires_grad_()
+    student = teacher.detach().clone().requires_grad_()
+    loss = kl_div(student, teacher, temperature=3.0, backend=backend)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (student, teacher)):
+        assert (gradient == 0).all()
+
+
+def test_closed_forms(backend):
+    device = device_of(backend)
+    teacher = torch.tensor([[0.0, math.log(3.0)]], device=device)  # p = 1/4, 3/4
+    student = torch.zeros(1, 2, device=device)  # q = 1/2, 1/2
+    forward = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert kl_div(student, teacher, backend=backend).item() == pytest.approx(forward, rel=1e-6)
+    backward = 0.5 * math.log(2.0) + 0.5 * math.log(2 / 3)
+    assert kl_div(student, teacher, reverse=True, backend=backend).item() == pytest.approx(backward, rel=1e-6)
+    # No T² factor: at temperature T the value is that of the divided logits.
+    divided = kl_div(student / 2, teacher / 2, backend=backend)
+    assert kl_div(student, teacher, temperature=2.0, backend=backend).item() == pytest.approx(divided.item(), rel=1e-6)
+    # A one-hot teacher makes it the cross-entropy.
+    hot = torch.full((3, 5), -math.inf, device=device).scatter(1, torch.tensor([[1], [0], [4]], device=device), 0.0)
+    random = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = F.cross_entropy(random, torch.tensor([1, 0, 4], device=device))
+    torch.testing.assert_close(kl_div(random, hot, backend=backend), expected)
+
+
+def test_properties(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (20, 77), torch.float32))
+    rows = kl_div(student, teacher, reduction="none", backend=backend)
+    assert (rows >= 0).all()
+    torch.testing.assert_close(kl_div(student + 5, teacher - 7, reduction="none", backend=backend), rows, rtol=1e-5, atol=1e-5)
+    order = torch.randperm(77, generator=torch.Generator().manual_seed(0)).to(device)
+    permuted = kl_div(student[:, order], teacher[:, order], reduction="none", backend=backend)
+    torch.testing.assert_close(permuted, rows, rtol=1e-5, atol=1e-6)
+    swapped = kl_div(teacher, student, reverse=True, reduction="none", backend=backend)
+    assert torch.equal(swapped, rows)
+
+
+def test_agrees_with_torch(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (9, 45), torch.float32))
+    expected = F.kl_div(
+        F.log_softmax(student / 4, -1), F.log_softmax(teacher / 4, -1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(kl_div(student, teacher, temperature=4.0, backend=backend), expected)
+
+
+def test_backward_twice_and_no_shared_buffer(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device).requires_grad_() for x in logits("plain", (4, 90), torch.float32))
+    for reduction in ("batchmean", "none"):
+        loss = kl_div(student, teacher, reduction=reduction, backend=backend)
+        upstream = torch.rand(loss.shape, generator=torch.Generator().manual_seed(0)).to(device) + 0.5
+        first = torch.autograd.grad(loss, (student, teacher), upstream, retain_graph=True)
+        kept = [gradient.clone() for gradient in first]
+        second = torch.autograd.grad(loss, (student, teacher), 2 * upstream, retain_graph=True)
+        third = torch.autograd.grad(loss, (student, teacher), upstream)
+        for a, copy, b, c in zip(first, kept, second, third):
+            assert torch.equal(a, copy), "a later backward wrote into a gradient that was handed out"
+            assert len({a.data_ptr(), b.data_ptr(), c.data_ptr()}) == 3
+            torch.testing.assert_close(b, 2 * a)
+            torch.testing.assert_close(c, a)
+
+
+def test_accumulates_into_grad(backend):
+    student, teacher = (x.to(device_of(backend)) for x in logits("plain", (4, 90), torch.float32))
+    student.requires_grad_()
+    kl_div(student, teacher, backend=backend).backward()
+    once = student.grad.clone()
+    kl_div(student, teacher, backend=backend).backward()
+    torch.testing.assert_close(student.grad, 2 * once)
+
+
+@pytest.mark.parametrize("wanted", [("student",), ("teacher",), ("temperature",), ("teacher_temperature",),
+                                    ("weights",), ("student", "weights"), ("teacher", "temperature")],
+                         ids="+".join)  # fmt: skip
+def test_gradients_only_where_required(backend, wanted):
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (4, 40), torch.float32))
+    values = {
+        "student": student, "teacher": teacher, "weights": torch.rand(4, device=device) + 0.5,
+        "temperature": torch.full((4,), 2.0, device=device),
+        "teacher_temperature": torch.full((4,), 3.0, device=device),
+    }  # fmt: skip
+    every = leaves(values)
+    kl_div(**every, backend=backend).backward()
+    some = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in values.items()}
+    kl_div(**some, backend=backend).backward()
+    for name, x in some.items():
+        assert (x.grad is not None) == (name in wanted)
+        if name in wanted:
+            torch.testing.assert_close(x.grad, every[name].grad)
+
+
+def test_no_gradient_work_where_none_is_wanted(monkeypatch):
+    if kdkernels.available_backends("cpu")["cpu"] != "available":
+        pytest.skip("needs the native module")
+    asked = []
+    original = kdkernels.backend._LAUNCHERS["cpu", "kl_div"]
+    monkeypatch.setitem(
+        kdkernels.backend._LAUNCHERS, ("cpu", "kl_div"), lambda *a: (asked.append([x is not None for x in a[10:]]), original(*a))
+    )
+    student, teacher = logits("plain", (4, 40), torch.float32)
+    kl_div(student, teacher, backend="cpu")
+    student.requires_grad_()
+    with torch.no_grad():
+        kl_div(student, teacher, backend="cpu")
+    kl_div(student, teacher, backend="cpu").backward()
+    assert asked == [[False] * 4, [False] * 4, [True, False, False, False]]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend, reverse):
+    torch.manual_seed(0)
+    values = {
+        "student": torch.randn(2, 3), "teacher": torch.randn(2, 3), "temperature": torch.rand(2) + 1,
+        "teacher_temperature": torch.rand(1) + 1, "weights": torch.rand(2) + 0.5,
+    }  # fmt: skip
+    inputs = tuple(values[name].double().requires_grad_() for name in NAMES)
+    mask = torch.tensor([True, False])
+    for reduction, rows in (("none", None), ("batchmean", mask)):
+
+        def call(*tensors, reduction=reduction, rows=rows):
+            arguments = dict(zip(NAMES, tensors))
+            return kl_div(**arguments, mask=rows, reverse=reverse, reduction=reduction, backend=backend)
+
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_double_backward(backend):
+    """∇(‖∂loss/∂student‖²) in float32 against float64."""
+    device = device_of(backend)
+    student, teacher = logits("plain", (3, 20), torch.float32)
+
+    def penalty(s: Tensor, t: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        s, t = s.detach().requires_grad_(), t.detach().requires_grad_()
+        [first] = torch.autograd.grad(kl_div(s, t, temperature=2.0, backend=name), s, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (s, t))
+
+    truth = penalty(student.double(), teacher.double(), "reference")
+    got = penalty(student.to(device), teacher.to(device), backend)
+    for a, b in zip(got, truth):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-7)
+
+
+def test_deterministic(backend):
+    student, teacher = (x.to(device_of(backend)).requires_grad_() for x in logits("plain", (7, 5000), torch.float32))
+    runs = []
+    for _ in range(2):
+        loss = kl_div(student, teacher, backend=backend)
+        runs.append([loss.detach(), *torch.autograd.grad(loss, (student, teacher))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_threads_do_not_change_a_bit():
+    student, teacher = (x.requires_grad_() for x in logits("plain", (37, 3000), torch.float32))
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            loss = kl_div(student, teacher, backend="cpu")
+            runs.append([loss.detach(), *torch.autograd.grad(loss, (student, teacher))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+def test_one_openmp_pool_in_the_process():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    kl_div(torch.zeros(2, 3), torch.zeros(2, 3), backend="cpu")
+    pools = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libiomp" in line}
+    assert len(pools) == 1, pools
+
+
+def test_peak_memory_is_one_gradient():
+    """Peak resident memory of a forward + backward above its inputs, in a process of its own."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    script = """
+import re, sys, torch, kdkernels
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+dtype = getattr(torch, sys.argv[1])
+def step(s, t): kdkernels.kl_div(s, t, temperature=4.0, backend="cpu").backward()
+small = torch.randn(4, 8, dtype=dtype)
+step(small.clone().requires_grad_(), small)  # imports and thread stacks
+s, t = torch.randn(256, 64000).to(dtype).requires_grad_(), torch.randn(256, 64000).to(dtype)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts over
+before = peak()
+step(s, t)
+print((peak() - before) / (s.numel() * s.element_size()))
+"""
+    for dtype in ("float32", "bfloat16"):
+        done = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, check=True)
+        assert 0.9 < float(done.stdout) < 1.15, done.stdout
+
+
+def test_opcheck(backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no op")
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (3, 20), torch.float32))
+    rows = torch.rand(3, device=device) + 0.5
+    mask = torch.tensor([True, False, True], device=device)
+    for arguments in (
+        (student, teacher, None, None, 2.0, 2.0, None, 0.5, None, [True, False, False, False], backend),
+        (student, teacher, rows, rows, 1.0, 1.0, rows, 1.0, mask, [True] * 4, backend),
+    ):
+        for op in (torch.ops.kdkernels.kl_div_fwd, torch.ops.kdkernels.kl_div_bwd):
+            torch.library.opcheck(op.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.scale_rows_.default, (student, rows, backend))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_compiles_into_one_graph(name, reduction):
+    student, teacher = logits("plain", (6, 50), torch.float32)
+    mask = torch.tensor([True, False, True, True, False, True])
+    values = {"student": student, "teacher": teacher, "temperature": torch.tensor(2.0), "weights": torch.rand(6) + 0.5}
+
+    def call(student, teacher, temperature, weights):
+        return kl_div(student, teacher, temperature=temperature, weights=weights, mask=mask,
+                      reduction=reduction, backend=name).sum()  # fmt: skip
+
+    graphs = []
+
+    def spy(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    eager, compiled = leaves(values), leaves(values)
+    expected = call(**eager)
+    expected.backward()
+    for how in (spy, "aot_eager"):
+        torch._dynamo.reset()
+        got = torch.compile(call, fullgraph=True, backend=how)(**compiled)
+        torch.testing.assert_close(got, expected)
+    got.backward()
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key].grad, value.grad)
+    assert len(graphs) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(**compiled), expected)
+
+
+def test_inductor_runs_the_op_in_its_graph():
+    student, teacher = logits("plain", (6, 50), torch.float32)
+    student.requires_grad_()
+    expected = 4 * kl_div(2 * student, teacher, backend="cpu")
+    [true_gradient] = torch.autograd.grad(expected, student)
+    torch._dynamo.reset()
+    got = torch.compile(lambda s, t: 4 * kl_div(2 * s, t, backend="cpu"), fullgraph=True)(student, teacher)
+    [gradient] = torch.autograd.grad(got, student)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient, true_gradient)
+
+
+def test_module(backend):
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in logits("plain", (4, 30), torch.float32))
+    module = KLDivLoss(temperature=3.0, reverse=True, reduction="sum", backend=backend)
+    mask = torch.tensor([True, True, False, True], device=device)
+    expected = kl_div(student, teacher, temperature=3.0, reverse=True, reduction="sum", mask=mask, backend=backend)
+    assert torch.equal(module(student, teacher, mask=mask), expected)
+    learned = KLDivLoss(temperature=torch.nn.Parameter(torch.tensor(2.0, device=device)), backend=backend)
+    learned(student, teacher).backward()
+    [parameter] = learned.parameters()
+    assert parameter.grad is not None and parameter.grad != 0
+    assert "temperature" in repr(module)
+
+
+X = torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    ({"student": [1.0]}, TypeError, "student must be a tensor"),
+    ({"teacher": None}, TypeError, "teacher must be a tensor"),
+    ({"student": torch.tensor(1.0)}, ValueError, "student must have shape"),
+    ({"student": torch.zeros(4, 0), "teacher": torch.zeros(4, 0)}, ValueError, "student must have shape"),
+    ({"teacher": torch.zeros(4, 6)}, ValueError, r"teacher must have the student's shape \(4, 5\), got \(4, 6\)"),
+    ({"teacher": X.double()}, TypeError, "teacher must have the student's dtype"),
+    ({"teacher": X.to("meta")}, ValueError, "teacher must be on the student's device"),
+    ({"student": X.long(), "teacher": X.long()}, TypeError, "student must be float64"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ({"temperature": -1}, ValueError, "temperature must be positive"),
+    ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
+    ({"temperature": math.inf}, ValueError, "temperature must be positive"),
+    ({"temperature": "4 K"}, TypeError, "temperature must be a float or a tensor"),
+    ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, "temperature must be positive"),
+    ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be positive"),
+    ({"temperature": torch.ones(3)}, ValueError, r"temperature must broadcast to the rows \(4,\), got shape \(3,\)"),
+    ({"temperature": torch.ones(4, 1)}, ValueError, "temperature must broadcast"),
+    ({"temperature": torch.ones(4).long()}, TypeError, "temperature must be a float or a floating tensor"),
+    ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be positive"),
+    ({"teacher_temperature": torch.ones((), device="meta")}, ValueError, "teacher_temperature must be on"),
+    ({"mask": torch.ones(4)}, TypeError, "mask must be a bool tensor, got a torch.float32 tensor"),
+    ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+    ({"mask": [True] * 4}, TypeError, "mask must be a bool tensor"),
+    ({"weights": torch.ones(4, dtype=torch.int64)}, TypeError, "weights must be a floating tensor"),
+    ({"weights": torch.ones(4, 5)}, ValueError, "weights must broadcast"),
+    ({"reduction": "mean"}, ValueError, "reduction must be one of none, sum, batchmean, got 'mean'"),
+    ({"backend": "tpu"}, ValueError, "backend must be None or one of reference, cpu, triton, cuda, got 'tpu'"),
+    ({"student": X.to("meta"), "teacher": X.to("meta"), "backend": "cpu"}, RuntimeError, "backend 'cpu' is not available"),
+    ({"student": X.double(), "teacher": X.double(), "backend": "triton"}, TypeError, "takes float32, float16, bfloat16"),
+], ids=lambda x: x if isinstance(x, str) else None)  # fmt: skip
+def test_bad_input_says_what_is_wrong(arguments, error, message):
+    if arguments.get("backend") == "triton" and kdkernels.available_backends("cpu")["triton"] != "available":
+        pytest.skip("needs triton")
+    with pytest.raises(error, match=message):
+        kl_div(**{"student": X, "teacher": X, **arguments})
+
+
+def test_unavailable_backend_raises_and_nothing_is_replaced(monkeypatch):
+    monkeypatch.setitem(kdkernels.backend._DEVICES, "cpu", {"cpu": "the native module was not built"})
+    with pytest.raises(RuntimeError, match="'cpu' is not available for student on cpu: the native module was not built"):
+        kl_div(X, X, backend="cpu")
+    assert kl_div(X, X) == 0  # no name: the reference
+
+
+def test_pure_python_install(tmp_path):
+    """Without the native module the package imports, says so, and computes."""
+    package = Path(kdkernels.__file__).parent
+    for source in package.rglob("*.py"):
+        target = tmp_path / "kdkernels" / source.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    script = (
+        "import torch, kdkernels; x = torch.randn(3, 5); print(kdkernels.__file__); "
+        "print(kdkernels.available_backends()['cpu']); print(kdkernels.kl_div(x, x).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    where, reason, loss = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path)) and "native module was not built" in reason and float(loss) == 0
+
+
+def test_half_statistics_are_float32(backend_dtype):
+    backend, dtype = backend_dtype
+    student, teacher = (x.to(device_of(backend)) for x in logits("plain", (2, 9), dtype))
+    student.requires_grad_()
+    loss = kl_div(student, teacher, backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    [gradient] = torch.autograd.grad(loss, student)
+    assert gradient.dtype == dtype

@@ -1,0 +1,607 @@
+"""The training driver: what a run leaves behind, what its loss is, and what it says when it cannot go on."""
+
+import errno
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+for library in ("typer", "rich", "matplotlib", "sklearn"):
+    pytest.importorskip(library, reason="kdkernels[train] is not installed")
+
+from kdkernels.train import data, loop, models, report  # noqa: E402
+from kdkernels.train.__main__ import main  # noqa: E402
+
+MODELS = ("teacher", "student_alone", "student_same_images", "student")
+FEW = ["--epochs", "3", "--teacher-epochs", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Batches this small gain nothing from threads, and beside other programs they lose tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_digits(out: Path, name: str, *arguments: str) -> dict:
+    assert main(["--data", "digits", "--out", str(out), "--name", name, "--device", "cpu", *arguments]) == 0
+    return json.loads((out / name / "summary.json").read_text())
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def default_digits(tmp_path_factory):
+    """The default recipe on digits: folder and summary."""
+    out = tmp_path_factory.mktemp("runs")
+    return out / "default", run_digits(out, "default", "--quiet")
+
+
+def write_idx(path: Path, content: np.ndarray) -> None:
+    header = bytes([0, 0, 8, content.ndim]) + b"".join(n.to_bytes(4, "big") for n in content.shape)
+    path.write_bytes(gzip.compress(header + content.astype(np.uint8).tobytes(), mtime=0))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """A small made data set in Fashion-MNIST's files: 300 + 60 images, each a bright band at its class."""
+    folder = tmp_path / "fashion"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for part, n in (("train", 300), ("t10k", 60)):
+        labels = np.arange(n) % 10
+        images = generator.integers(0, 60, (n, 28, 28))
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 4] += 180
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No Debian package and an empty cache."""
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "no-package")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# A whole run
+
+
+def test_a_run_leaves_every_file_whole(default_digits):
+    folder, summary = default_digits
+    names = {"config.json", "metrics.jsonl", "summary.json", "curves.png", *(f"{name}.pt" for name in MODELS)}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["data"], config["labels"], config["temperature"], config["seed"]) == (
+        "digits",
+        100,
+        4.0,
+        0,
+    )
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    lines = metrics_of(folder)
+    assert [line["model"] for line in lines] == ["teacher"] * 30 + [m for m in MODELS[1:] for _ in range(60)]
+    assert {"model", "epoch", "train_loss", "validation_accuracy", "seconds"} <= set(lines[0])
+    for name in MODELS:
+        assert 0 <= summary[f"{name}_accuracy"] <= 100
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+
+
+def test_the_weights_on_disk_are_those_that_were_scored(default_digits):
+    folder, summary = default_digits
+    digits = data.load("digits")
+    for name in MODELS:
+        model = (models.teacher if name == "teacher" else models.student)("digits")
+        model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+        score = loop.accuracy(model, digits.test_images, digits.test_labels)
+        assert score == pytest.approx(summary[f"{name}_accuracy"], abs=1e-3)
+
+
+def test_the_kept_epoch_is_the_best_on_validation(default_digits):
+    folder, summary = default_digits
+    for name in MODELS:
+        scores = {m["epoch"]: m["validation_accuracy"] for m in metrics_of(folder) if m["model"] == name}
+        assert summary["best_epoch"][name] == max(scores, key=lambda epoch: (scores[epoch], -epoch))
+
+
+def test_distilling_beats_training_alone(default_digits):
+    _, summary = default_digits
+    assert summary["teacher_accuracy"] > 95
+    assert summary["student_alone_accuracy"] > 75
+    assert summary["student_same_images_accuracy"] > summary["student_alone_accuracy"]
+    assert summary["student_accuracy"] > summary["student_alone_accuracy"] + 2
+
+
+def test_a_seed_gives_the_same_accuracies(tmp_path):
+    first, again, other = (
+        run_digits(tmp_path, name, *FEW, "--seed", seed)
+        for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))
+    )
+    accuracies = [[s[f"{name}_accuracy"] for name in MODELS] for s in (first, again, other)]
+    assert accuracies[0] == accuracies[1] != accuracies[2]
+    weights = [torch.load(tmp_path / name / "student.pt") for name in "ab"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_no_choice_depends_on_the_test_set(tmp_path, monkeypatch):
+    digits = data.load("digits")
+    run_digits(tmp_path, "real", *FEW)
+    wrong = (digits.test_labels + 1) % 10
+    blind = data.Dataset(digits.train_images, digits.train_labels, -digits.test_images, wrong, 237)
+    monkeypatch.setattr(data, "load", lambda *_: blind)
+    run_digits(tmp_path, "blind", *FEW)
+    for name in MODELS:
+        real, other = (torch.load(tmp_path / run / f"{name}.pt") for run in ("real", "blind"))
+        assert all(torch.equal(real[key], other[key]) for key in real)
+
+
+def test_a_log_gets_a_line_now_and_then_and_the_table(tmp_path, capsys):
+    run_digits(tmp_path, "log", *FEW)
+    out = capsys.readouterr().out
+    assert "teacher: epoch 2/2" in out
+    assert "student with pool: epoch 3/3" in out
+    assert "test %" in out
+    assert "\x1b" not in out
+    run_digits(tmp_path, "quiet", *FEW, "--quiet")
+    out = capsys.readouterr().out
+    assert "epoch 3/3" not in out
+    assert "test %" in out
+
+
+def test_every_image_may_have_its_label(tmp_path):
+    summary = run_digits(tmp_path, "all", *FEW, "--labels", "1200")
+    assert summary["images"]["pool"] == 0
+    assert summary["student_accuracy"] == summary["student_same_images_accuracy"]
+
+
+def test_one_batch_one_epoch(tmp_path):
+    run_digits(tmp_path, "one", "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "100000")
+
+
+# The loss and the split
+
+
+def test_the_loss_is_cross_entropy_and_t_squared_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(8, 10, generator=generator)).requires_grad_()
+    soft_targets = 3 * torch.randn(8, 10, generator=generator)
+    labels = torch.randint(10, (8,), generator=generator)
+    for temperature, weight in ((4.0, 0.9), (2.0, 0.5), (1.0, 1.0)):
+        log_q, p = F.log_softmax(logits / temperature, 1), F.softmax(soft_targets / temperature, 1)
+        soft = temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+        expected = (1 - weight) * F.cross_entropy(logits, labels) + weight * soft
+        loss = loop.distillation_loss(logits, labels, soft_targets, temperature, weight)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
+
+
+def test_unlabelled_rows_get_the_soft_loss_only():
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([3, 1])
+    agreeing = loop.distillation_loss(logits, labels, logits.detach(), 4.0, 0.9)
+    grad = torch.autograd.grad(agreeing, logits)[0]
+    assert grad[:2].abs().max() > 1e-3
+    assert grad[2:].abs().max() < 1e-6  # where the teacher agrees, nothing pulls an unlabelled row
+    differing = loop.distillation_loss(logits, labels, logits.detach().flip(1), 4.0, 0.9)
+    assert torch.autograd.grad(differing, logits)[0][2:].abs().amax(1).min() > 1e-3
+
+
+def test_alone_is_cross_entropy():
+    logits, labels = torch.randn(4, 10), torch.tensor([0, 5, 9, 2])
+    assert loop.distillation_loss(logits, labels, None, 4.0, 0.9) == F.cross_entropy(logits, labels)
+
+
+def test_the_split_is_disjoint_even_and_of_its_seed():
+    labels = torch.arange(1000) % 10
+    parts = data.split(labels, 200, 50, seed=1)
+    everything = torch.cat([parts.validation, parts.labelled, parts.pool])
+    assert [len(parts.validation), len(parts.labelled), len(parts.pool)] == [200, 50, 750]
+    assert torch.equal(everything.sort().values, torch.arange(1000))
+    assert labels[parts.labelled].bincount().tolist() == [5] * 10
+    assert torch.equal(parts.labelled, data.split(labels, 200, 50, seed=1).labelled)
+    assert not torch.equal(parts.labelled, data.split(labels, 200, 50, seed=2).labelled)
+    # More labels extend the fewer ones; validation stays.
+    more = data.split(labels, 200, 100, seed=1)
+    assert torch.equal(more.validation, parts.validation)
+    assert torch.equal(more.labelled[:50], parts.labelled)
+
+
+def test_the_students_start_equal_and_see_equal_labelled_batches(tmp_path, monkeypatch):
+    seen: dict[int, list] = {}
+    first: dict[str, torch.Tensor] = {}
+    real_loss, real_fit = loop.distillation_loss, loop.fit
+
+    def fit(training, *rest):
+        first[training.name] = training.model[0].weight.detach().clone()
+        seen[len(seen)] = []
+        return real_fit(training, *rest)
+
+    def loss(logits, labels, *rest):
+        seen[len(seen) - 1].append(labels.tolist())
+        return real_loss(logits, labels, *rest)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(loop, "distillation_loss", loss)
+    run_digits(tmp_path, "equal", *FEW)
+    assert seen[1] == seen[2] == seen[3]
+    assert len(seen[1]) == 3 * 2
+    assert torch.equal(first["student_alone"], first["student"])
+    assert torch.equal(first["student_alone"], first["student_same_images"])
+
+
+# Data
+
+
+def test_made_files_are_read(fashion, tmp_path):
+    made = data.load("fashion-mnist", fashion)
+    assert made.train_images.shape == (300, 1, 28, 28)
+    assert made.train_labels[:12].tolist() == [*range(10), 0, 1]
+    assert made.validation_size == 30
+    arguments = ["--data-dir", str(fashion), "--out", str(tmp_path), "--name", "made", "--labels", "40"]
+    assert main([*arguments, *FEW, "--device", "cpu", "--quiet"]) == 0
+
+
+def test_nothing_works_names_all_three_ways(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(data, "OFFICIAL_URL", (nowhere / "no-server").as_uri() + "/")
+    assert main(["--out", str(nowhere / "runs")]) == 1
+    line = capsys.readouterr().err.strip().splitlines()
+    assert len(line) == 1
+    for word in ("dataset-fashion-mnist", "--data-dir", "no-server", "--data digits"):
+        assert word in line[0]
+    assert not (nowhere / "runs").exists()
+
+
+def test_a_named_folder_is_not_replaced_by_another(tmp_path, capsys):
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "train-images-idx3-ubyte.gz" in error
+    assert "dataset-fashion-mnist" in error
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+    return "truncated"
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    return "gzip"
+
+
+def damage_not_gzip(path):
+    path.write_bytes(b"<html>not found</html>")
+    return "gzip"
+
+
+def damage_magic(path):
+    raw = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(b"\0\0\x08\1" + raw[4:]))
+    return "magic number is 2049"
+
+
+def damage_short(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-784]))
+    return "300×28×28 = 235200 bytes of data, it holds 234416"
+
+
+def damage_count(path):
+    write_idx(path, np.zeros((299, 28, 28)))
+    return "300 labels for 299 images"
+
+
+def damage_size(path):
+    write_idx(path, np.zeros((300, 32, 32)))
+    return "32×32"
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+    return "magic number"
+
+
+@pytest.mark.parametrize("damage", [v for k, v in sorted(globals().items()) if k.startswith("damage_")])
+def test_a_damaged_file_is_named(damage, fashion, tmp_path, capsys):
+    expected = damage(fashion / "train-images-idx3-ubyte.gz")
+    assert main(["--data-dir", str(fashion), "--out", str(tmp_path / "runs")]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert str(fashion) in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_label_out_of_range_is_refused(fashion):
+    write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.full(60, 10))
+    with pytest.raises(data.DataError, match=r"t10k-labels.*label 10"):
+        data.load("fashion-mnist", fashion)
+
+
+@pytest.fixture
+def server(fashion):
+    """The made files on http://127.0.0.1."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(fashion))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in data.OFFICIAL_MD5}
+
+
+def test_a_download_is_checked_and_kept(nowhere, fashion, server, monkeypatch):
+    monkeypatch.setattr(data, "OFFICIAL_URL", server)
+    monkeypatch.setattr(data, "OFFICIAL_MD5", checksums(fashion))
+    heard: list[str] = []
+    downloaded = data.load("fashion-mnist", None, heard.append)
+    assert len(heard) == 4
+    assert len(downloaded.train_labels) == 300
+    assert {path.name for path in data.cache_folder().iterdir()} == set(data.OFFICIAL_MD5)
+    monkeypatch.setattr(data, "OFFICIAL_URL", "http://127.0.0.1:1/")
+    again = data.load("fashion-mnist", None, heard.append)  # from the cache
+    assert len(heard) == 4
+    assert torch.equal(again.test_images, downloaded.test_images)
+
+
+def test_a_download_with_another_checksum_is_not_kept(nowhere, server, monkeypatch, capsys):
+    monkeypatch.setattr(data, "OFFICIAL_URL", server)  # the made files under the real checksums
+    assert main(["--out", str(nowhere / "runs")]) == 1
+    error = capsys.readouterr().err
+    assert "train-images-idx3-ubyte.gz" in error
+    assert data.OFFICIAL_MD5["train-images-idx3-ubyte.gz"] in error
+    assert list(data.cache_folder().iterdir()) == []
+
+
+@pytest.mark.skipif(not data.DEBIAN_FOLDER.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_from_debian(tmp_path, monkeypatch):
+    whole = data.load("fashion-mnist")
+    assert whole.train_images.shape == (60000, 1, 28, 28)
+    assert whole.test_images.shape == (10000, 1, 28, 28)
+    assert whole.train_labels.bincount().tolist() == [6000] * 10
+    assert abs(whole.train_images.mean()) < 0.01
+    assert abs(whole.train_images.std() - 1) < 0.01
+    few = data.Dataset(
+        whole.train_images[:1500],
+        whole.train_labels[:1500],
+        whole.test_images[:200],
+        whole.test_labels[:200],
+        200,
+    )
+    monkeypatch.setattr(data, "load", lambda *_: few)
+    arguments = ["--out", str(tmp_path), "--name", "few", "--labels", "100", "--device", "cpu"]
+    assert main([*arguments, "--epochs", "1", "--teacher-epochs", "1"]) == 0
+    summary = json.loads((tmp_path / "few" / "summary.json").read_text())
+    assert summary["teacher_accuracy"] > 20
+    assert summary["parameters"] == {"teacher": 70330, "student": 6274}
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], ["--epochs", "'0'", "1 or more"]),
+        (["--epochs", "many"], ["--epochs", "'many'", "whole number"]),
+        (["--teacher-epochs", "-1"], ["--teacher-epochs", "'-1'", "1 or more"]),
+        (["--batch-size", "0"], ["--batch-size", "'0'", "1 or more"]),
+        (["--pool-ratio", "0"], ["--pool-ratio", "'0'", "1 or more"]),
+        (["--temperature", "0"], ["--temperature", "'0'", "above 0"]),
+        (["--temperature", "-2"], ["--temperature", "'-2'", "above 0"]),
+        (["--temperature", "nan"], ["--temperature", "'nan'", "above 0"]),
+        (["--learning-rate", "inf"], ["--learning-rate", "'inf'", "above 0"]),
+        (["--soft-weight", "1.5"], ["--soft-weight", "'1.5'", "0 to 1"]),
+        (["--seed", "-1"], ["--seed", "'-1'", "0 to"]),
+        (["--labels", "5"], ["--labels", "got 5", "10 or more"]),
+        (["--labels", "1201"], ["--labels", "got 1201", "at most 1200"]),
+        (["--data", "cifar"], ["--data", "'cifar'", "'fashion-mnist'", "'digits'"]),
+        (["--data-dir", "x"], ["--data-dir", "'x'", "digits"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "'auto'", "'cpu'", "'cuda'"]),
+        (["--name", "a/b"], ["--name", "'a/b'", "one folder"]),
+        (["--name", ".."], ["--name", "'..'", "one folder"]),
+        (["--out", __file__], ["--out", __file__, "folder"]),
+        (["--out", "/proc/nothing"], ["--out", "/proc/nothing", "folder"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_bad_flag_is_named_with_what_it_takes(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", "digits", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(capsys):
+    assert main(["--device", "cuda"]) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_run_never_writes_into_another(tmp_path, capsys, monkeypatch):
+    run_digits(tmp_path, "mine", *FEW)
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert main(["--data", "digits", "--out", str(tmp_path), "--name", "mine"]) == 2
+    assert "--name" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    monkeypatch.setattr(time, "strftime", lambda _: "now")  # two runs in one second
+    for _ in range(2):
+        assert main(["--data", "digits", "--out", str(tmp_path / "runs"), *FEW, "--quiet"]) == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders == ["digits-100-labels-seed-0-now", "digits-100-labels-seed-0-now-2"]
+
+
+def test_help_names_every_flag(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    flags = (
+        "data data-dir labels epochs teacher-epochs batch-size temperature soft-weight seed device out name"
+    )
+    assert all(f"--{flag}" in out for flag in flags.split())
+
+
+# What stops a run
+
+
+def assert_readable(folder: Path) -> None:
+    """Every file in the folder is whole: checkpoints load, each metrics line parses, no temporary is left."""
+    metrics_of(folder)
+    json.loads((folder / "config.json").read_text())
+    for path in folder.glob("*.pt"):
+        model = (models.teacher if path.stem == "teacher" else models.student)("digits")
+        model.load_state_dict(torch.load(path, weights_only=True))
+    assert not list(folder.glob(".*"))
+
+
+class FullDisk:
+    """A file of `real` that takes `room` more bytes, for all such files together."""
+
+    room = 0
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.real.close()
+
+    def write(self, content):
+        part = content[: FullDisk.room]
+        FullDisk.room -= len(part)
+        if not part:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.real.write(part)
+        if len(part) < len(content) and not hasattr(self.real, "readall"):  # buffered: all or an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(part)
+
+
+def fill_disk(monkeypatch, room: int) -> None:
+    """From now on the run's files have room for so many bytes, all together."""
+
+    def opened(*arguments, **options):
+        return FullDisk(open(*arguments, **options))
+
+    monkeypatch.setattr(FullDisk, "room", room)
+    monkeypatch.setattr(report, "open", opened, raising=False)
+
+
+@pytest.mark.parametrize("room", [0, 100, 2_000, 345_000, 351_060, 352_000, 400_000])
+def test_a_full_disk_leaves_whole_files(room, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch, room)
+    code = main(["--data", "digits", "--out", str(tmp_path), "--name", "full", *FEW, "--epochs", "30"])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "disk full" in error
+    assert len(error.strip().splitlines()) == 1
+    folder = tmp_path / "full"
+    if room >= 2_000:
+        checkpoints = list(folder.glob("*.pt"))
+        assert ("no checkpoint yet" in error) == (not checkpoints)
+        assert not checkpoints or any(str(path) in error for path in checkpoints)
+    if (folder / "metrics.jsonl").exists():
+        assert_readable(folder)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "student.pt"
+    report.write_atomically(path, b"old")
+    fill_disk(monkeypatch, 2)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    report.append_line(path, '{"a": 1}')
+    fill_disk(monkeypatch, 5)
+    with pytest.raises(OSError, match="No space left"):
+        report.append_line(path, '{"a": 2}')
+    assert path.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "term")]
+)
+def test_a_signal_leaves_the_last_checkpoint_whole(number, code, word, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "kdkernels.train",
+        "--data",
+        "digits",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "cut",
+    ]
+    run = subprocess.Popen(
+        [*command, "--epochs", "1000000", "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    checkpoint = tmp_path / "cut" / "student_alone.pt"
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.send_signal(number)
+        _, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == code, error
+    assert error.startswith(f"error: {word}")
+    assert len(error.strip().splitlines()) == 1
+    assert str(checkpoint) in error
+    assert_readable(tmp_path / "cut")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, capsys):
+    digits = data.load("digits")
+    digits.train_images[:500] = torch.nan
+    monkeypatch.setattr(data, "load", lambda *_: digits)
+    assert main(["--data", "digits", "--out", str(tmp_path), "--name", "nan"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss became nan" in error
+    assert "epoch 1 of 30 of the teacher" in error
+    assert "no checkpoint yet" in error
