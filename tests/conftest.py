@@ -40,16 +40,20 @@ def cuda_on_cpu() -> object:
     """The native module whose CUDA kernels run on the CPU, put in the place of backend "cuda"."""
     from cuda_on_cpu.build import build
 
-    library = build(ROOT / "build" / "cuda_on_cpu", sources=[
-        ROOT / "python" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
-    ])  # fmt: skip
+    library = build(
+        ROOT / "build" / "cuda_on_cpu",
+        sources=[
+            ROOT / "python" / "bindings.cpp",
+            *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
+        ],
+    )
     loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
     spec = importlib.util.spec_from_loader("_C", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
 
-    def on_cpu(function):  # noqa: ANN001, ANN202
+    def on_cpu(function):
         return lambda tensor, *arguments: function(0, *arguments)
 
     kd._LAUNCHERS["cuda", "kl_div"] = kd.native_kl_div(on_cpu(module.cuda_kl_div))

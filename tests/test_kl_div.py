@@ -32,7 +32,11 @@ def leaves(arguments: dict, dtype: torch.dtype | None = None) -> dict:
 
 
 def run(function, arguments: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    arguments = leaves(arguments) if upstream is None or upstream.dtype != torch.float64 else leaves(arguments, torch.float64)
+    arguments = (
+        leaves(arguments)
+        if upstream is None or upstream.dtype != torch.float64
+        else leaves(arguments, torch.float64)
+    )
     loss = function(**arguments)
     names = [name for name in NAMES if isinstance(arguments.get(name), Tensor)]
     gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
@@ -48,16 +52,20 @@ def compare(backend: str, arguments: dict, *, vacuous: bool = False, seed: int =
     upstream = upstream.float()  # a number that both dtypes hold
     truth, true_gradients = run(kl_div_reference, arguments, upstream.double())
     statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
-    reference, reference_gradients = run(kl_div_reference, arguments, upstream.to(statistics)) if (
-        statistics != torch.float64
-    ) else (truth, true_gradients)
+    reference, reference_gradients = (
+        run(kl_div_reference, arguments, upstream.to(statistics))
+        if (statistics != torch.float64)
+        else (truth, true_gradients)
+    )
     device = device_of(backend)
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     if statistics == torch.float64:
         moved = leaves(moved)
         got = kl_div(**moved, backend=backend)
         names = list(true_gradients)
-        gradients = dict(zip(names, torch.autograd.grad(got, [moved[n] for n in names], upstream.double().to(device))))
+        gradients = dict(
+            zip(names, torch.autograd.grad(got, [moved[n] for n in names], upstream.double().to(device)))
+        )
     else:
         got, gradients = run(lambda **a: kl_div(**a, backend=backend), moved, upstream.to(device))
     got = got.detach().cpu()
@@ -72,7 +80,11 @@ def compare(backend: str, arguments: dict, *, vacuous: bool = False, seed: int =
     temperature = min(smallest("temperature"), smallest("teacher_temperature"))
     logit = max(1.0, finite.abs().max().item() / temperature)
     weight = arguments["weights"].abs().max().item() if isinstance(arguments.get("weights"), Tensor) else 1.0
-    count = arguments["mask"].sum().item() if isinstance(arguments.get("mask"), Tensor) else math.prod(student.shape[:-1])
+    count = (
+        arguments["mask"].sum().item()
+        if isinstance(arguments.get("mask"), Tensor)
+        else math.prod(student.shape[:-1])
+    )
     each = weight * (1 / max(count, 1) if reduction == "batchmean" else 1)
     rows = math.prod(student.shape[:-1]) if reduction == "sum" else 1
     magnitudes = {
@@ -103,7 +115,9 @@ def test_loss_and_gradients(backend_dtype, regime, reverse):
     compare(backend, arguments, vacuous=regime in ("near", "far"))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 257, 1000, 1023, 1025, 4099])
+@pytest.mark.parametrize(
+    "classes", [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 257, 1000, 1023, 1025, 4099]
+)
 def test_every_number_of_classes(backend, classes):
     student, teacher = logits("plain", (3, classes), torch.float32)
     compare(backend, {"student": student, "teacher": teacher, "temperature": 2.0}, vacuous=classes == 1)
@@ -116,13 +130,35 @@ def test_last_class_counts(backend, classes):
     compare(backend, {"student": student, "teacher": teacher})
 
 
+@pytest.mark.parametrize("height", [3.0, 12.0, 40.0, 200.0])
+def test_mass_may_lie_anywhere_in_a_long_row(backend, height):
+    """Peaks of either side in the first, a middle and the last block: guesses made early must not show."""
+    places = [(3, 900), (900, 3), (900, 900), (3, 3), (500, 999)]
+    student, teacher = logits("plain", (len(places), 1000), torch.float32)
+    for row, (of_student, of_teacher) in enumerate(places):
+        student[row, of_student] += height
+        teacher[row, of_teacher] += height
+    compare(backend, {"student": student, "teacher": teacher, "reduction": "none"}, vacuous=True)
+    teacher[:, 600:] += height  # and all of a side moves
+    compare(backend, {"student": student, "teacher": teacher, "temperature": 2.0}, vacuous=True)
+    student[:, 600:] += height
+    compare(backend, {"student": student, "teacher": teacher}, vacuous=True)
+
+
 def test_different_temperatures(backend_dtype):
     backend, dtype = backend_dtype
     student, teacher = logits("plain", (5, 130), dtype)
     for reverse in (False, True):
-        compare(backend, {
-            "student": student, "teacher": teacher, "temperature": 1.5, "teacher_temperature": 3.0, "reverse": reverse,
-        })  # fmt: skip
+        compare(
+            backend,
+            {
+                "student": student,
+                "teacher": teacher,
+                "temperature": 1.5,
+                "teacher_temperature": 3.0,
+                "reverse": reverse,
+            },
+        )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
@@ -132,16 +168,19 @@ def test_row_arguments_and_reductions(backend_dtype, reduction, reverse):
     student, teacher = logits("plain", (2, 4, 50), dtype)
     generator = torch.Generator().manual_seed(3)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    compare(backend, {
-        "student": student,
-        "teacher": teacher,
-        "temperature": 0.5 + 3 * torch.rand(2, 4, generator=generator, dtype=statistics),
-        "teacher_temperature": 0.5 + 3 * torch.rand(2, 1, generator=generator, dtype=statistics),
-        "mask": torch.tensor([[True, False, True, True], [False, True, True, False]]),
-        "weights": torch.rand(2, 4, generator=generator, dtype=statistics) - 0.3,
-        "reduction": reduction,
-        "reverse": reverse,
-    })  # fmt: skip
+    compare(
+        backend,
+        {
+            "student": student,
+            "teacher": teacher,
+            "temperature": 0.5 + 3 * torch.rand(2, 4, generator=generator, dtype=statistics),
+            "teacher_temperature": 0.5 + 3 * torch.rand(2, 1, generator=generator, dtype=statistics),
+            "mask": torch.tensor([[True, False, True, True], [False, True, True, False]]),
+            "weights": torch.rand(2, 4, generator=generator, dtype=statistics) - 0.3,
+            "reduction": reduction,
+            "reverse": reverse,
+        },
+    )
 
 
 def test_one_learnable_temperature_for_both(backend):
@@ -156,7 +195,9 @@ def test_batchmean_divides_by_the_rows_that_count(backend):
     kept = kl_div(student[mask], teacher[mask], reduction="sum", backend=backend) / 3
     torch.testing.assert_close(kl_div(student, teacher, mask=mask, backend=backend), kept)
     weights = torch.full((6,), 2.0, device=device)
-    torch.testing.assert_close(kl_div(student, teacher, mask=mask, weights=weights, backend=backend), 2 * kept)
+    torch.testing.assert_close(
+        kl_div(student, teacher, mask=mask, weights=weights, backend=backend), 2 * kept
+    )
 
 
 def test_masked_rows_may_hold_anything(backend_dtype):
@@ -167,10 +208,19 @@ def test_masked_rows_may_hold_anything(backend_dtype):
     clean = kl_div(student[mask], teacher[mask], backend=backend)
     student[1], teacher[1], student[3], teacher[3] = math.nan, math.inf, -math.inf, math.nan
     weights = torch.tensor([1.0, math.nan, 1.0, math.inf], device=device)
-    arguments = leaves({"student": student, "teacher": teacher, "weights": weights, "temperature": torch.ones(4, device=device)})
+    arguments = leaves(
+        {
+            "student": student,
+            "teacher": teacher,
+            "weights": weights,
+            "temperature": torch.ones(4, device=device),
+        }
+    )
     loss = kl_div(**arguments, mask=mask, backend=backend)
     torch.testing.assert_close(loss, clean)
-    for x in torch.autograd.grad(loss, [arguments[n] for n in ("student", "teacher", "temperature", "weights")]):
+    for x in torch.autograd.grad(
+        loss, [arguments[n] for n in ("student", "teacher", "temperature", "weights")]
+    ):
         assert torch.isfinite(x[mask]).all() and x[mask].abs().sum() > 0
         assert (x[~mask] == 0).all()
 
@@ -201,7 +251,9 @@ def test_one_row_and_no_row_dimension(backend):
     compare(backend, {"student": student, "teacher": teacher, "reduction": "none"})
 
 
-@pytest.mark.parametrize("layout", ["columns", "row stride", "transposed", "expanded", "four dimensions", "offset"])
+@pytest.mark.parametrize(
+    "layout", ["columns", "row stride", "transposed", "expanded", "four dimensions", "offset"]
+)
 def test_layouts(backend_dtype, layout):
     backend, dtype = backend_dtype
     device = device_of(backend)
@@ -251,7 +303,12 @@ def test_nan_in_a_row_that_counts_shows(backend_dtype):
     backend, dtype = backend_dtype
     for side in ("student", "teacher"):
         for bad in (math.nan, math.inf):
-            both = dict(zip(("student", "teacher"), (x.to(device_of(backend)) for x in logits("plain", (3, 300), dtype))))
+            both = dict(
+                zip(
+                    ("student", "teacher"),
+                    (x.to(device_of(backend)) for x in logits("plain", (3, 300), dtype)),
+                )
+            )
             both[side][1, 280] = bad
             loss = kl_div(**both, reduction="none", backend=backend)
             assert torch.isnan(loss[1]) and torch.isfinite(loss[[0, 2]]).all(), (side, bad)
@@ -297,9 +354,13 @@ def test_closed_forms(backend):
     assert kl_div(student, teacher, reverse=True, backend=backend).item() == pytest.approx(backward, rel=1e-6)
     # No T² factor: at temperature T the value is that of the divided logits.
     divided = kl_div(student / 2, teacher / 2, backend=backend)
-    assert kl_div(student, teacher, temperature=2.0, backend=backend).item() == pytest.approx(divided.item(), rel=1e-6)
+    assert kl_div(student, teacher, temperature=2.0, backend=backend).item() == pytest.approx(
+        divided.item(), rel=1e-6
+    )
     # A one-hot teacher makes it the cross-entropy.
-    hot = torch.full((3, 5), -math.inf, device=device).scatter(1, torch.tensor([[1], [0], [4]], device=device), 0.0)
+    hot = torch.full((3, 5), -math.inf, device=device).scatter(
+        1, torch.tensor([[1], [0], [4]], device=device), 0.0
+    )
     random = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device)
     expected = F.cross_entropy(random, torch.tensor([1, 0, 4], device=device))
     torch.testing.assert_close(kl_div(random, hot, backend=backend), expected)
@@ -310,7 +371,9 @@ def test_properties(backend):
     student, teacher = (x.to(device) for x in logits("plain", (20, 77), torch.float32))
     rows = kl_div(student, teacher, reduction="none", backend=backend)
     assert (rows >= 0).all()
-    torch.testing.assert_close(kl_div(student + 5, teacher - 7, reduction="none", backend=backend), rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        kl_div(student + 5, teacher - 7, reduction="none", backend=backend), rows, rtol=1e-5, atol=1e-5
+    )
     order = torch.randperm(77, generator=torch.Generator().manual_seed(0)).to(device)
     permuted = kl_div(student[:, order], teacher[:, order], reduction="none", backend=backend)
     torch.testing.assert_close(permuted, rows, rtol=1e-5, atol=1e-6)
@@ -353,17 +416,29 @@ def test_accumulates_into_grad(backend):
     torch.testing.assert_close(student.grad, 2 * once)
 
 
-@pytest.mark.parametrize("wanted", [("student",), ("teacher",), ("temperature",), ("teacher_temperature",),
-                                    ("weights",), ("student", "weights"), ("teacher", "temperature")],
-                         ids="+".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("student",),
+        ("teacher",),
+        ("temperature",),
+        ("teacher_temperature",),
+        ("weights",),
+        ("student", "weights"),
+        ("teacher", "temperature"),
+    ],
+    ids="+".join,
+)
 def test_gradients_only_where_required(backend, wanted):
     device = device_of(backend)
     student, teacher = (x.to(device) for x in logits("plain", (4, 40), torch.float32))
     values = {
-        "student": student, "teacher": teacher, "weights": torch.rand(4, device=device) + 0.5,
+        "student": student,
+        "teacher": teacher,
+        "weights": torch.rand(4, device=device) + 0.5,
         "temperature": torch.full((4,), 2.0, device=device),
         "teacher_temperature": torch.full((4,), 3.0, device=device),
-    }  # fmt: skip
+    }
     every = leaves(values)
     kl_div(**every, backend=backend).backward()
     some = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in values.items()}
@@ -380,7 +455,9 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     asked = []
     original = kdkernels.backend._LAUNCHERS["cpu", "kl_div"]
     monkeypatch.setitem(
-        kdkernels.backend._LAUNCHERS, ("cpu", "kl_div"), lambda *a: (asked.append([x is not None for x in a[10:]]), original(*a))
+        kdkernels.backend._LAUNCHERS,
+        ("cpu", "kl_div"),
+        lambda *a: (asked.append([x is not None for x in a[10:]]), original(*a)),
     )
     student, teacher = logits("plain", (4, 40), torch.float32)
     kl_div(student, teacher, backend="cpu")
@@ -396,9 +473,12 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
 def test_gradcheck(backend, reverse):
     torch.manual_seed(0)
     values = {
-        "student": torch.randn(2, 3), "teacher": torch.randn(2, 3), "temperature": torch.rand(2) + 1,
-        "teacher_temperature": torch.rand(1) + 1, "weights": torch.rand(2) + 0.5,
-    }  # fmt: skip
+        "student": torch.randn(2, 3),
+        "teacher": torch.randn(2, 3),
+        "temperature": torch.rand(2) + 1,
+        "teacher_temperature": torch.rand(1) + 1,
+        "weights": torch.rand(2) + 0.5,
+    }
     inputs = tuple(values[name].double().requires_grad_() for name in NAMES)
     mask = torch.tensor([True, False])
     for reduction, rows in (("none", None), ("batchmean", mask)):
@@ -429,7 +509,9 @@ def test_double_backward(backend):
 
 
 def test_deterministic(backend):
-    student, teacher = (x.to(device_of(backend)).requires_grad_() for x in logits("plain", (7, 5000), torch.float32))
+    student, teacher = (
+        x.to(device_of(backend)).requires_grad_() for x in logits("plain", (7, 5000), torch.float32)
+    )
     runs = []
     for _ in range(2):
         loss = kl_div(student, teacher, backend=backend)
@@ -456,7 +538,9 @@ def test_one_openmp_pool_in_the_process():
     if not maps.exists():
         pytest.skip("needs /proc")
     kl_div(torch.zeros(2, 3), torch.zeros(2, 3), backend="cpu")
-    pools = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libiomp" in line}
+    pools = {
+        line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libiomp" in line
+    }
     assert len(pools) == 1, pools
 
 
@@ -478,7 +562,9 @@ step(s, t)
 print((peak() - before) / (s.numel() * s.element_size()))
 """
     for dtype in ("float32", "bfloat16"):
-        done = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, dtype], capture_output=True, text=True, check=True
+        )
         assert 0.9 < float(done.stdout) < 1.15, done.stdout
 
 
@@ -503,11 +589,23 @@ def test_opcheck(backend):
 def test_compiles_into_one_graph(name, reduction):
     student, teacher = logits("plain", (6, 50), torch.float32)
     mask = torch.tensor([True, False, True, True, False, True])
-    values = {"student": student, "teacher": teacher, "temperature": torch.tensor(2.0), "weights": torch.rand(6) + 0.5}
+    values = {
+        "student": student,
+        "teacher": teacher,
+        "temperature": torch.tensor(2.0),
+        "weights": torch.rand(6) + 0.5,
+    }
 
     def call(student, teacher, temperature, weights):
-        return kl_div(student, teacher, temperature=temperature, weights=weights, mask=mask,
-                      reduction=reduction, backend=name).sum()  # fmt: skip
+        return kl_div(
+            student,
+            teacher,
+            temperature=temperature,
+            weights=weights,
+            mask=mask,
+            reduction=reduction,
+            backend=name,
+        ).sum()
 
     graphs = []
 
@@ -528,7 +626,9 @@ def test_compiles_into_one_graph(name, reduction):
         torch.testing.assert_close(compiled[key].grad, value.grad)
     assert len(graphs) == 1
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(**compiled), expected)
+        torch.testing.assert_close(
+            torch.compile(call, fullgraph=True, backend="aot_eager")(**compiled), expected
+        )
 
 
 def test_inductor_runs_the_op_in_its_graph():
@@ -548,7 +648,9 @@ def test_module(backend):
     student, teacher = (x.to(device) for x in logits("plain", (4, 30), torch.float32))
     module = KLDivLoss(temperature=3.0, reverse=True, reduction="sum", backend=backend)
     mask = torch.tensor([True, True, False, True], device=device)
-    expected = kl_div(student, teacher, temperature=3.0, reverse=True, reduction="sum", mask=mask, backend=backend)
+    expected = kl_div(
+        student, teacher, temperature=3.0, reverse=True, reduction="sum", mask=mask, backend=backend
+    )
     assert torch.equal(module(student, teacher, mask=mask), expected)
     learned = KLDivLoss(temperature=torch.nn.Parameter(torch.tensor(2.0, device=device)), backend=backend)
     learned(student, teacher).backward()
@@ -560,37 +662,69 @@ def test_module(backend):
 X = torch.zeros(4, 5)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"student": [1.0]}, TypeError, "student must be a tensor"),
-    ({"teacher": None}, TypeError, "teacher must be a tensor"),
-    ({"student": torch.tensor(1.0)}, ValueError, "student must have shape"),
-    ({"student": torch.zeros(4, 0), "teacher": torch.zeros(4, 0)}, ValueError, "student must have shape"),
-    ({"teacher": torch.zeros(4, 6)}, ValueError, r"teacher must have the student's shape \(4, 5\), got \(4, 6\)"),
-    ({"teacher": X.double()}, TypeError, "teacher must have the student's dtype"),
-    ({"teacher": X.to("meta")}, ValueError, "teacher must be on the student's device"),
-    ({"student": X.long(), "teacher": X.long()}, TypeError, "student must be float64"),
-    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
-    ({"temperature": -1}, ValueError, "temperature must be positive"),
-    ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
-    ({"temperature": math.inf}, ValueError, "temperature must be positive"),
-    ({"temperature": "4 K"}, TypeError, "temperature must be a float or a tensor"),
-    ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, "temperature must be positive"),
-    ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be positive"),
-    ({"temperature": torch.ones(3)}, ValueError, r"temperature must broadcast to the rows \(4,\), got shape \(3,\)"),
-    ({"temperature": torch.ones(4, 1)}, ValueError, "temperature must broadcast"),
-    ({"temperature": torch.ones(4).long()}, TypeError, "temperature must be a float or a floating tensor"),
-    ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be positive"),
-    ({"teacher_temperature": torch.ones((), device="meta")}, ValueError, "teacher_temperature must be on"),
-    ({"mask": torch.ones(4)}, TypeError, "mask must be a bool tensor, got a torch.float32 tensor"),
-    ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask must broadcast"),
-    ({"mask": [True] * 4}, TypeError, "mask must be a bool tensor"),
-    ({"weights": torch.ones(4, dtype=torch.int64)}, TypeError, "weights must be a floating tensor"),
-    ({"weights": torch.ones(4, 5)}, ValueError, "weights must broadcast"),
-    ({"reduction": "mean"}, ValueError, "reduction must be one of none, sum, batchmean, got 'mean'"),
-    ({"backend": "tpu"}, ValueError, "backend must be None or one of reference, cpu, triton, cuda, got 'tpu'"),
-    ({"student": X.to("meta"), "teacher": X.to("meta"), "backend": "cpu"}, RuntimeError, "backend 'cpu' is not available"),
-    ({"student": X.double(), "teacher": X.double(), "backend": "triton"}, TypeError, "takes float32, float16, bfloat16"),
-], ids=lambda x: x if isinstance(x, str) else None)  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"student": [1.0]}, TypeError, "student must be a tensor"),
+        ({"teacher": None}, TypeError, "teacher must be a tensor"),
+        ({"student": torch.tensor(1.0)}, ValueError, "student must have shape"),
+        ({"student": torch.zeros(4, 0), "teacher": torch.zeros(4, 0)}, ValueError, "student must have shape"),
+        (
+            {"teacher": torch.zeros(4, 6)},
+            ValueError,
+            r"teacher must have the student's shape \(4, 5\), got \(4, 6\)",
+        ),
+        ({"teacher": X.double()}, TypeError, "teacher must have the student's dtype"),
+        ({"teacher": X.to("meta")}, ValueError, "teacher must be on the student's device"),
+        ({"student": X.long(), "teacher": X.long()}, TypeError, "student must be float64"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1}, ValueError, "temperature must be positive"),
+        ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
+        ({"temperature": math.inf}, ValueError, "temperature must be positive"),
+        ({"temperature": "4 K"}, TypeError, "temperature must be a float or a tensor"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, ValueError, "temperature must be positive"),
+        ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be positive"),
+        (
+            {"temperature": torch.ones(3)},
+            ValueError,
+            r"temperature must broadcast to the rows \(4,\), got shape \(3,\)",
+        ),
+        ({"temperature": torch.ones(4, 1)}, ValueError, "temperature must broadcast"),
+        (
+            {"temperature": torch.ones(4).long()},
+            TypeError,
+            "temperature must be a float or a floating tensor",
+        ),
+        ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be positive"),
+        (
+            {"teacher_temperature": torch.ones((), device="meta")},
+            ValueError,
+            "teacher_temperature must be on",
+        ),
+        ({"mask": torch.ones(4)}, TypeError, "mask must be a bool tensor, got a torch.float32 tensor"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"mask": [True] * 4}, TypeError, "mask must be a bool tensor"),
+        ({"weights": torch.ones(4, dtype=torch.int64)}, TypeError, "weights must be a floating tensor"),
+        ({"weights": torch.ones(4, 5)}, ValueError, "weights must broadcast"),
+        ({"reduction": "mean"}, ValueError, "reduction must be one of none, sum, batchmean, got 'mean'"),
+        (
+            {"backend": "tpu"},
+            ValueError,
+            "backend must be None or one of reference, cpu, triton, cuda, got 'tpu'",
+        ),
+        (
+            {"student": X.to("meta"), "teacher": X.to("meta"), "backend": "cpu"},
+            RuntimeError,
+            "backend 'cpu' is not available",
+        ),
+        (
+            {"student": X.double(), "teacher": X.double(), "backend": "triton"},
+            TypeError,
+            "takes float32, float16, bfloat16",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
 def test_bad_input_says_what_is_wrong(arguments, error, message):
     if arguments.get("backend") == "triton" and kdkernels.available_backends("cpu")["triton"] != "available":
         pytest.skip("needs triton")
@@ -600,7 +734,9 @@ def test_bad_input_says_what_is_wrong(arguments, error, message):
 
 def test_unavailable_backend_raises_and_nothing_is_replaced(monkeypatch):
     monkeypatch.setitem(kdkernels.backend._DEVICES, "cpu", {"cpu": "the native module was not built"})
-    with pytest.raises(RuntimeError, match="'cpu' is not available for student on cpu: the native module was not built"):
+    with pytest.raises(
+        RuntimeError, match="'cpu' is not available for student on cpu: the native module was not built"
+    ):
         kl_div(X, X, backend="cpu")
     assert kl_div(X, X) == 0  # no name: the reference
 
@@ -616,7 +752,9 @@ def test_pure_python_install(tmp_path):
         "import torch, kdkernels; x = torch.randn(3, 5); print(kdkernels.__file__); "
         "print(kdkernels.available_backends()['cpu']); print(kdkernels.kl_div(x, x).item())"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     where, reason, loss = done.stdout.splitlines()
     assert where.startswith(str(tmp_path)) and "native module was not built" in reason and float(loss) == 0
 

@@ -18,7 +18,9 @@ def assert_near(got: Tensor, truth: Tensor, reference: Tensor, magnitude: float,
     assert got.shape == truth.shape and got.dtype == reference.dtype, f"{what}: {got.shape}, {got.dtype}"
     finite = torch.isfinite(truth)
     assert torch.equal(torch.isnan(got), torch.isnan(truth)), f"{what}: NaN elsewhere"
-    assert torch.equal(got.double()[~finite], truth[~finite]) or torch.isnan(truth).any(), f"{what}: {got} {truth}"
+    assert torch.equal(got.double()[~finite], truth[~finite]) or torch.isnan(truth).any(), (
+        f"{what}: {got} {truth}"
+    )
     information = torch.finfo(got.dtype)
     own = information.eps if got.dtype == torch.float64 else EPS32
     got, truth, reference = got.double()[finite], truth[finite], reference.double()[finite]

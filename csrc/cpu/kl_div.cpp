@@ -165,14 +165,24 @@ struct FastRow {
   }
 };
 
-// The fast sweep; false where the row must go the plain way. `y` is the file's y.
+// The sums of the file's opening comment, S without the factor that `shift` takes off.
+struct FastSums {
+  double S, A, B;
+  float input_max, target_max;
+
+  double exp_y() const { return 1 + B / S; }
+  double y() const { return std::log1p(B / S); }
+  double loss() const { return A / S - (B / S - y()); }
+};
+
+// One fast sweep with fast.guess, or with the first block's maxima for a guess where that is NaN:
+// these are off by no more than the noise near convergence. False where the row must go the plain
+// way.
 template <bool kStash, typename T>
-KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, float input_factor,
-                           float target_factor, T* gradient, Sweep<float>& found, FastRow& fast,
-                           double& y, Stash& stash) {
-  float input_max = -INFINITY, target_max = -INFINITY;
-  fast = {input_factor, target_factor, 0, 0};
-  double S = 0, A = 0, B = 0;
+KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, T* gradient,
+                           FastRow& fast, FastSums& sums, Stash& stash) {
+  sums = {0, 0, 0, -INFINITY, -INFINITY};
+  fast.target_shift = 0;
   float least = 1, largest = 0;
   for_each_block(
       input, target, classes,
@@ -183,18 +193,20 @@ KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, flo
           s_max = s[j] > s_max ? s[j] : s_max;
           t_max = t[j] > t_max ? t[j] : t_max;
         }
-        input_max = s_max > input_max ? s_max : input_max;
-        if (t_max > target_max) {
-          const float next = t_max * target_factor;
-          const double rescale = std::exp2(static_cast<double>(fast.target_shift) - next);
-          S *= rescale, A *= rescale, B *= rescale;
-          target_max = t_max;
+        sums.input_max = s_max > sums.input_max ? s_max : sums.input_max;
+        if (t_max > sums.target_max) {
+          const float next = t_max * fast.target_factor;
+          if (begin != 0) {
+            const double rescale = std::exp2(static_cast<double>(fast.target_shift) - next);
+            sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;
+          }
+          sums.target_max = t_max;
           fast.target_shift = next;
         }
-        // The maxima of the first block: off by no more than the noise near convergence, and never
-        // far.
-        if (begin == 0)
-          fast.guess = (t_max - s_max) * input_factor + t_max * (target_factor - input_factor);
+        if (begin == 0 && std::isnan(fast.guess)) {
+          fast.guess = (t_max - s_max) * fast.input_factor +
+                       t_max * (fast.target_factor - fast.input_factor);
+        }
         float* e_out = kStash ? stash.e.data() + begin : nullptr;
         float* w_out = kStash ? block_of(gradient + begin, stash.w.data() + begin) : nullptr;
         stash.shift[begin / kBlock] = fast.target_shift;
@@ -216,42 +228,60 @@ KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, flo
             w_out[j] = w;
           }
         }
-        S += sum, A += excess, B += difference;
+        sums.S += sum, sums.A += excess, sums.B += difference;
       });
   // 2^100 leaves room below the largest float for the sum of a row.
-  if (!(least > kLeastExp2 && largest < 100.0f)) return false;
-  y = std::log1p(B / S);
-  found.loss = A / S - (B / S - y);
-  // The input's side by way of c: log2 of its sum, split into a float and what is left of it.
-  const double offset = fast.guess - y / kLn2;
-  const double input_lse = fast.target_shift + std::log2(S) - offset;
+  return least > kLeastExp2 && largest < 100.0f;
+}
+
+// The same until e^y has lost no more than a factor of 50 to the guess; the second guess is good.
+template <bool kStash, typename T>
+KDK_INLINE bool fast_sweeps(const T* input, const T* target, int64_t classes, T* gradient,
+                            FastRow& fast, FastSums& sums, Stash& stash) {
+  fast.guess = NAN;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    if (!fast_sweep<kStash>(input, target, classes, gradient, fast, sums, stash)) return false;
+    const double exp_y = sums.exp_y();
+    if (!(exp_y < 0.02 || exp_y > 50)) return true;  // NaN is a result too
+    if (!(exp_y > 1e-5 && exp_y < 1e30)) return false;
+    fast.guess -= static_cast<float>(std::log2(exp_y));
+  }
+  return false;
+}
+
+// What the other outputs need of a fast row: the input's sum by way of c, split into a float and
+// the rest.
+inline Sweep<float> sweep_of(const FastRow& fast, const FastSums& sums) {
+  const double offset = fast.guess - sums.y() / kLn2;
+  const double input_lse = fast.target_shift + std::log2(sums.S) - offset;
   const float input_shift = static_cast<float>(input_lse);
-  found.row = {input_factor,
-               target_factor,
-               input_shift,
-               fast.target_shift,
-               static_cast<float>(std::exp2(input_shift - input_lse)),
-               static_cast<float>(1 / S),
-               static_cast<float>(offset)};
-  found.input_max = input_max;
-  found.target_max = target_max;
-  return true;
+  const Row<float> row{fast.input_factor,
+                       fast.target_factor,
+                       input_shift,
+                       fast.target_shift,
+                       static_cast<float>(std::exp2(input_shift - input_lse)),
+                       static_cast<float>(1 / sums.S),
+                       static_cast<float>(offset)};
+  return {row, sums.input_max, sums.target_max, sums.loss()};
 }
 
 // scale (Q - P) after a fast sweep: w and e each times one factor, from the stash or made again.
 template <bool kStash, typename T>
 KDK_INLINE void fast_gradient(const T* input, const T* target, int64_t classes, const FastRow& fast,
-                              double y, double scale, Stash& stash, T* gradient) {
-  const double of_w = scale * std::exp(-y);
+                              const FastSums& sums, double scale, Stash& stash, T* gradient) {
+  const double of_w = scale / (sums.S * sums.exp_y());
+  const double of_e = of_w * (sums.B / sums.S);
   float buffer[kBlock];
   for_each_block(input, target, classes,
                  [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
                    FastRow row = fast;
                    row.target_shift = stash.shift[begin / kBlock];
-                   const double rescaled =
-                       of_w * std::exp2(static_cast<double>(row.target_shift) - fast.target_shift);
-                   const auto a = static_cast<float>(rescaled);
-                   const auto b = static_cast<float>(rescaled * std::expm1(y));
+                   const double rescale =
+                       row.target_shift == fast.target_shift
+                           ? 1.0
+                           : std::exp2(static_cast<double>(row.target_shift) - fast.target_shift);
+                   const auto a = static_cast<float>(of_w * rescale);
+                   const auto b = static_cast<float>(of_e * rescale);
                    float* block =
                        block_of(gradient + begin, kStash ? stash.w.data() + begin : buffer);
                    const float* e = stash.e.data() + begin;
@@ -284,6 +314,8 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
   auto* input_temperature_out = static_cast<S*>(params.grad_input_temperature);
   auto* target_temperature_out = static_cast<S*>(params.grad_target_temperature);
   const int64_t classes = params.classes;
+  const bool more_outputs = params.grad_target != nullptr || input_temperature_out != nullptr ||
+                            target_temperature_out != nullptr;
   // With 32 rows or more to a thread's stash, memory stays at one gradient and little. The choice
   // must not depend on the number of threads: the two ways may round differently.
   constexpr int64_t kStashRows = sizeof(T) == sizeof(float) ? 1 : 4;
@@ -316,20 +348,26 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
     const S input_factor = static_cast<S>(input_inverse * kLog2E);
     const S target_factor = static_cast<S>(target_inverse * kLog2E);
 
-    Sweep<S> found;
+    Sweep<S> found{};
     bool wants_gradient = grad_input != nullptr;
     if constexpr (std::is_same<S, float>::value) {
-      FastRow fast;
-      double y;
+      FastRow fast{input_factor, target_factor, 0, 0};
+      FastSums sums;
       const auto run = [&](auto with_stash) KDK_INLINED {
         constexpr bool kStash = decltype(with_stash)::value;
-        if (!fast_sweep<kStash>(input, target, classes, input_factor, target_factor, grad_input,
-                                found, fast, y, stash)) {
+        if (!fast_sweeps<kStash>(input, target, classes, grad_input, fast, sums, stash)) {
           found = plain_sweep(input, target, classes, input_factor, target_factor);
-        } else if (wants_gradient) {
-          const double each = scale * input_inverse * found.row.target_norm;
-          fast_gradient<kStash>(input, target, classes, fast, y, each, stash, grad_input);
+          return;
+        }
+        if (wants_gradient) {
+          fast_gradient<kStash>(input, target, classes, fast, sums, scale * input_inverse, stash,
+                                grad_input);
           wants_gradient = false;
+        }
+        if (more_outputs) {
+          found = sweep_of(fast, sums);
+        } else {
+          found.loss = sums.loss();
         }
       };
       if (stashed) {

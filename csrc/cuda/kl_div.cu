@@ -119,6 +119,19 @@ KDK_DEVICE void clear_row(const PacketLayout<T, V>& layout, T* row, Team team) {
   for (int k = team.rank(); k < layout.count; k += team.size()) layout.store(row, k, zeros);
 }
 
+// sum_j w_j z_j over weights that sum to 0 but for rounding: what they do sum to, w_j being off by
+// that much of P_j, is taken off times the mean of z. z is the logit less the row's maximum, -inf
+// where P and w are 0.
+struct Moment {
+  float sum = 0, weights = 0, mean = 0;
+
+  KDK_DEVICE void add(float w, float p, float z) {
+    if (w != 0) sum += w * z;
+    weights += w;
+    if (p > 0 && z > -INFINITY) mean += p * z;
+  }
+};
+
 // Row r, by one team of threads.
 template <typename T, int V, typename Row, Outputs kOutputs>
 KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::Team team) {
@@ -182,9 +195,8 @@ KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::T
     return exp2_approximate((s - input_max) * input_factor) * input_norm;
   };
 
-  // The moments' weights sum to 0, so the shift by the maximum changes only the rounding. A weight
-  // of 0 is skipped: 0 * -inf.
-  float loss_share = 0, input_moment = 0;
+  float loss_share = 0;
+  Moment input_moment;
   row.visit([&](int packet, const float (&s)[V], const float (&t)[V]) {
     float gradient[V];
 #pragma unroll
@@ -192,34 +204,38 @@ KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::T
       const KlTerm<float> term = kl_term(p_of(t[i]), q_of(s[i]), delta_of(s[i], t[i]));
       loss_share += term.excess;
       gradient[i] = term.difference * (scale * input_inverse);
-      if (kEverything && term.difference != 0) input_moment += term.difference * (s[i] - input_max);
+      if (kEverything) input_moment.add(term.difference, p_of(t[i]), s[i] - input_max);
     }
     if (grad_input != nullptr) layout.store(grad_input, packet, gradient);
   });
-  double loss_and_moment[2] = {loss_share, input_moment};
-  team.reduce(loss_and_moment, 0.0, Sum());
-  const float loss = static_cast<float>(loss_and_moment[0]);
+  double sums[kEverything ? 4 : 1] = {loss_share};
+  if constexpr (kEverything) {
+    sums[1] = input_moment.sum, sums[2] = input_moment.weights, sums[3] = input_moment.mean;
+  }
+  team.reduce(sums, 0.0, Sum());
+  const float loss = static_cast<float>(sums[0]);
   if (leader) write(params.loss, r, loss);
-  if (!kEverything) return;
-
-  float target_moment = 0;
-  row.visit([&](int packet, const float (&s)[V], const float (&t)[V]) {
-    float gradient[V];
+  if constexpr (kEverything) {
+    Moment target_moment;
+    row.visit([&](int packet, const float (&s)[V], const float (&t)[V]) {
+      float gradient[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float weight = kl_target_gradient(p_of(t[i]), delta_of(s[i], t[i]), loss);
-      gradient[i] = weight * (scale * target_inverse);
-      if (weight != 0) target_moment += weight * (t[i] - target_max);
+      for (int i = 0; i < V; ++i) {
+        const float weight = kl_target_gradient(p_of(t[i]), delta_of(s[i], t[i]), loss);
+        gradient[i] = weight * (scale * target_inverse);
+        target_moment.add(weight, p_of(t[i]), t[i] - target_max);
+      }
+      if (grad_target != nullptr) layout.store(grad_target, packet, gradient);
+    });
+    double target_sums[3] = {target_moment.sum, target_moment.weights, target_moment.mean};
+    team.reduce(target_sums, 0.0, Sum());
+    if (leader) {
+      const float input_sum = static_cast<float>(sums[1] - sums[2] * sums[3]);
+      const float target_sum = static_cast<float>(target_sums[0] - target_sums[1] * target_sums[2]);
+      write(params.grad_input_temperature, r, -scale * input_inverse * input_inverse * input_sum);
+      write(params.grad_target_temperature, r,
+            -scale * target_inverse * target_inverse * target_sum);
     }
-    if (grad_target != nullptr) layout.store(grad_target, packet, gradient);
-  });
-  double moment[1] = {target_moment};
-  team.reduce(moment, 0.0, Sum());
-  if (leader) {
-    const float input_sum = static_cast<float>(loss_and_moment[1]);
-    const float target_sum = static_cast<float>(moment[0]);
-    write(params.grad_input_temperature, r, -scale * input_inverse * input_inverse * input_sum);
-    write(params.grad_target_temperature, r, -scale * target_inverse * target_inverse * target_sum);
   }
 }
 

@@ -49,7 +49,7 @@ struct WarpTeam {
 };
 
 struct BlockTeam {
-  static constexpr int kMaxValues = 2;
+  static constexpr int kMaxValues = 4;
   static constexpr size_t kSharedBytes = kMaxValues * kWarp * sizeof(double);
   static constexpr int per_block(int) { return 1; }
 

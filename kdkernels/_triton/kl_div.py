@@ -174,11 +174,24 @@ def _target_gradient(
 @triton.jit
 def _moment(
     weight,  # (BLOCK_M, BLOCK_N)
+    p,  # (BLOCK_M, BLOCK_N)
     x,  # (BLOCK_M, BLOCK_N)
     maximum,  # (BLOCK_M, 1)
 ):
-    # The weights of a row sum to 0, so that shifting x changes nothing but the rounding.
-    return tl.where(weight == 0.0, 0.0, weight * (x - maximum))
+    # Terms of sum_j w_j z_j and of mean z, z the logit less the row's maximum; 0 inf = 0.
+    z = x - maximum
+    return tl.where(weight == 0.0, 0.0, weight * z), tl.where((p == 0.0) | (z == float("-inf")), 0.0, p * z)
+
+
+@triton.jit
+def _centred(
+    moment,  # (BLOCK_M, BLOCK_N)
+    mean,  # (BLOCK_M, BLOCK_N)
+    weight,  # (BLOCK_M, BLOCK_N)
+):
+    # The weights sum to 0 but for rounding, which puts each off by that much of P_j: that times the mean of z
+    # is taken off. Only a streamed row needs it: the ratio of sums of one tile is exact near convergence.
+    return tl.sum(moment, 1)[:, None] - tl.sum(mean, 1)[:, None] * tl.sum(weight, 1)[:, None]
 
 
 @triton.jit
@@ -232,6 +245,7 @@ def kl_div_fwd_kernel(
     STREAMED: tl.constexpr,
 ):
     INPUT_MOMENT: tl.constexpr = grad_input_temperature_ptr is not None
+    TARGET_MOMENT: tl.constexpr = grad_target_temperature_ptr is not None
     TARGET_SIDE: tl.constexpr = grad_target_ptr is not None or grad_target_temperature_ptr is not None
     # The compiler cannot see that rows start and end on 16 bytes unless the multiplication is in sight.
     input_stride = (input_stride // VECTOR) * VECTOR
@@ -294,7 +308,10 @@ def kl_div_fwd_kernel(
 
     if STREAMED:
         loss_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        input_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if INPUT_MOMENT:
+            moment_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            mean_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            weight_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         last = (tl.cdiv(classes, BLOCK_N) - 1) * BLOCK_N
         # Backwards, because the end of the row is what the cache still holds.
         for start in range(0, classes, BLOCK_N):
@@ -317,9 +334,13 @@ def kl_div_fwd_kernel(
                     difference * grad_scale_q,
                 )
             if INPUT_MOMENT:
-                input_lanes += _moment(difference, s, max_q)
+                moment, mean = _moment(difference, p, s, max_q)
+                moment_lanes += moment
+                mean_lanes += mean
+                weight_lanes += difference
         loss = tl.sum(loss_lanes, 1)[:, None]
-        input_moment = tl.sum(input_lanes, 1)[:, None]
+        if INPUT_MOMENT:
+            input_moment = _centred(moment_lanes, mean_lanes, weight_lanes)
     else:
         q = e_q * norm_q
         p = e_p * norm_p
@@ -330,9 +351,8 @@ def kl_div_fwd_kernel(
                 grad_input_ptr, output_offset, classes, exists_2d, live_2d, block, difference * grad_scale_q
             )
         loss = tl.sum(excess, 1)[:, None]
-        input_moment = loss
         if INPUT_MOMENT:
-            input_moment = tl.sum(_moment(difference, s, max_q), 1)[:, None]
+            input_moment = tl.sum(_moment(difference, p, s, max_q)[0], 1)[:, None]
 
     if loss_ptr is not None:
         _store_per_row(loss_ptr, row, exists, live_2d, loss)
@@ -343,7 +363,10 @@ def kl_div_fwd_kernel(
 
     if TARGET_SIDE:
         if STREAMED:
-            target_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if TARGET_MOMENT:
+                moment_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                mean_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                weight_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, classes, BLOCK_N):
                 s = _load(input_ptr, input_offset, classes, live_2d, start + block)
                 t = _load(target_ptr, target_offset, classes, live_2d, start + block)
@@ -360,17 +383,22 @@ def kl_div_fwd_kernel(
                         start + block,
                         weight * grad_scale_p,
                     )
-                if grad_target_temperature_ptr is not None:
-                    target_lanes += _moment(weight, t, max_p)
-            target_moment = tl.sum(target_lanes, 1)[:, None]
+                if TARGET_MOMENT:
+                    moment, mean = _moment(weight, p, t, max_p)
+                    moment_lanes += moment
+                    mean_lanes += mean
+                    weight_lanes += weight
+            if TARGET_MOMENT:
+                target_moment = _centred(moment_lanes, mean_lanes, weight_lanes)
         else:
             weight = _target_gradient(p, delta, loss)
             if grad_target_ptr is not None:
                 _store(
                     grad_target_ptr, output_offset, classes, exists_2d, live_2d, block, weight * grad_scale_p
                 )
-            target_moment = tl.sum(_moment(weight, t, max_p), 1)[:, None]
-        if grad_target_temperature_ptr is not None:
+            if TARGET_MOMENT:
+                target_moment = tl.sum(_moment(weight, p, t, max_p)[0], 1)[:, None]
+        if TARGET_MOMENT:
             _store_per_row(
                 grad_target_temperature_ptr, row, exists, live_2d, -grad_scale_p * inverse_p * target_moment
             )

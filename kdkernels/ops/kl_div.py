@@ -59,7 +59,9 @@ def kl_div_reference(
     if mask is not None:  # a row that does not count is not looked at: whatever it holds cannot spread
         q_logits, p_logits = (torch.where(mask[..., None], x, 0) for x in (q_logits, p_logits))
     log_q, log_p = (
-        torch.log_softmax(x.to(statistics_dtype(x.dtype)) / (t[..., None] if isinstance(t, Tensor) else t), -1)
+        torch.log_softmax(
+            x.to(statistics_dtype(x.dtype)) / (t[..., None] if isinstance(t, Tensor) else t), -1
+        )
         for x, t in ((q_logits, q_temperature), (p_logits, p_temperature))
     )
     p, q = log_p.exp(), log_q.exp()
@@ -185,9 +187,7 @@ class _KLDiv(torch.autograd.Function):
         # A captured graph cannot hand a buffer out once: there the backward computes.
         at_once = not torch.compiler.is_compiling()
         arguments = (*_split(input_temperature, target_temperature), row_scale, scale, mask)
-        rows, *gradients = kl_div_fwd(
-            input, target, *arguments, needs if at_once else [False] * 4, backend
-        )
+        rows, *gradients = kl_div_fwd(input, target, *arguments, needs if at_once else [False] * 4, backend)
         ctx.gradients = gradients if at_once else None
         ctx.reduction, ctx.backend, ctx.scale = reduction, backend, scale
         ctx.input_temperature, ctx.target_temperature = arguments[2:4]
@@ -197,7 +197,9 @@ class _KLDiv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
-        input, target, input_temperature, target_temperature, weights, mask, row_scale, rows = ctx.saved_tensors
+        input, target, input_temperature, target_temperature, _, mask, row_scale, rows = (
+            ctx.saved_tensors
+        )
         needs = list(ctx.needs_input_grad[:4])
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
@@ -249,8 +251,8 @@ def _reduce(rows: Tensor, row_scale: Tensor | None, scale: float, reduction: str
         rows = rows * row_scale
     if reduction == "none":
         return rows
-    total = rows.sum()
-    return total if scale == 1.0 else total.mul_(scale)
+    # One small op, not two: at 128×100 each is a twentieth of the whole call.
+    return rows.sum() if scale == 1.0 or rows.numel() == 0 else rows.mean()
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -366,9 +368,7 @@ def kl_div(
     else:
         row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], dtype)
         temperatures = _split(input_temperature, target_temperature)
-        [losses] = kl_div_fwd(
-            input, target, *temperatures, row_scale, scale, mask, [False] * 4, backend
-        )
+        [losses] = kl_div_fwd(input, target, *temperatures, row_scale, scale, mask, [False] * 4, backend)
         loss = _reduce(losses, row_scale, scale, reduction)
     return loss.view(rows) if reduction == "none" else loss
 

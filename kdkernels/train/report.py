@@ -83,11 +83,10 @@ class Report:
         self.saved = "no checkpoint yet"
         # Off a terminal bars would be noise in a log: there `epoch` prints a line now and then.
         self.progress = Progress(
-            TextColumn("{task.description:22}"),
-            BarColumn(bar_width=24),
-            TextColumn("epoch {task.fields[epoch]:>3}/{task.fields[epochs]}  {task.fields[score]:>15}"),
+            TextColumn("{task.description:19}"),
+            BarColumn(bar_width=16),
+            TextColumn("epoch {task.fields[epoch]:>3}/{task.fields[epochs]:<3} {task.fields[score]:>10}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=quiet or not console.is_terminal,
@@ -111,7 +110,7 @@ class Report:
         self.state = f"in epoch 1 of {epochs} of the {TITLES[name]}"
         self.epochs[name] = []
         task = self.progress.add_task(
-            TITLES[name], total=epochs * steps_per_epoch, epoch=0, epochs=epochs, score="validation    –"
+            TITLES[name], total=epochs * steps_per_epoch, epoch=0, epochs=epochs, score="val    – %"
         )
         self.task = task
         return lambda: self.progress.advance(task)
@@ -137,7 +136,7 @@ class Report:
         }
         append_line(self.folder / "metrics.jsonl", json.dumps(record))
         score = f"validation {epoch.validation_accuracy:.1f} %"
-        self.progress.update(self.task, epoch=epoch.number, score=score)
+        self.progress.update(self.task, epoch=epoch.number, score=f"val {epoch.validation_accuracy:.1f} %")
         if not self.console.is_terminal and (epoch.number % max(1, total // 4) == 0 or epoch.number == total):
             self.say(f"{TITLES[name]}: epoch {epoch.number}/{total}, {score}, {record['seconds']:.0f} s")
         self.state = f"in epoch {epoch.number + 1} of {total} of the {TITLES[name]}"
@@ -231,6 +230,7 @@ class Report:
             xlabel=f"epoch ({self.images['labelled']:,} labelled images each)",
             ylabel="validation accuracy, %",
             title=f"{self.config.data}, T = {self.config.temperature:g}, dots: the epochs kept",
+            ylim=(None, 100),
         )
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")

@@ -1,0 +1,1 @@
+"""pytest-benchmark suites: `pytest benchmarks --benchmark-json=FILE`, then `python -m benchmarks.report`."""
