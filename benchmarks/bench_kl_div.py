@@ -66,12 +66,13 @@ def test_kl_div(benchmark, name, dtype, backward):
         iterations=1,
     )
     rows, classes = student.shape
+    short, what = str(dtype).removeprefix("torch."), "forward+backward" if backward else "forward"
     benchmark.extra_info.update(
         suite="kl_div",
-        cell=f"{name} {rows}×{classes} {str(dtype).removeprefix('torch.')} {'forward+backward' if backward else 'forward'}",
+        cell=f"{name} {rows}×{classes} {short} {what}",
         shape=[rows, classes],
-        dtype=str(dtype).removeprefix("torch."),
-        what="forward+backward" if backward else "forward",
+        dtype=short,
+        what=what,
         providers=harness.summary(times, moved),
     )
 

@@ -17,11 +17,11 @@ constexpr int64_t element_size(DType dtype) {
 // Row-wise KL divergence of tempered softmaxes, P from `target` and Q from `input`:
 //
 //   P = softmax(target / T_P), Q = softmax(input / T_Q), D = log P - log Q
-//   loss           = sum_j P_j D_j
+//   loss           = scale sum_j P_j D_j
 //   grad_input_j   = scale (Q_j - P_j) / T_Q
-//   grad_target_j  = scale P_j (D_j - loss) / T_P
+//   grad_target_j  = scale P_j (D_j - KL) / T_P  with KL = sum_j P_j D_j
 //   grad_input_temperature  = -scale / T_Q  sum_j (Q_j - P_j) input_j / T_Q
-//   grad_target_temperature = -scale / T_P  sum_j P_j (D_j - loss) target_j / T_P
+//   grad_target_temperature = -scale / T_P  sum_j P_j (D_j - KL) target_j / T_P
 //
 // A null output is not computed. A row whose mask is 0 is not read: its outputs are 0.
 struct KlDivParams {
@@ -31,7 +31,7 @@ struct KlDivParams {
   const void* target_temperature;  // (rows,) statistics, or null: target_temperature_value
   const void* row_scale;           // (rows,) statistics, or null: scale
   const uint8_t* mask;             // (rows,), or null: every row counts
-  void* loss;                      // (rows,) statistics, unscaled, or null
+  void* loss;                      // (rows,) statistics, or null
   void* grad_input;                // (rows, classes) contiguous, or null
   void* grad_target;               // (rows, classes) contiguous, or null
   void* grad_input_temperature;    // (rows,) statistics, or null

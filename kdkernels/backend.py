@@ -224,6 +224,23 @@ def _first_use(name: str) -> Callable[..., None]:
 _LAUNCHERS = _launchers()
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unobserved(tensor: Tensor) -> bool:
+    """No compiler, mode or transform wants to see the op that `tensor` goes into.
+
+    Then its body may be called as the Python function it is: the way through the dispatcher and back into
+    Python takes longer than the kernel of a small batch.
+    """
+    return (
+        type(tensor) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def launcher(backend: str, name: str) -> Callable[..., None]:
     """The function of `backend` that runs the kernel `name`."""
     return _LAUNCHERS[backend, name]

@@ -152,7 +152,7 @@ def reference(s, t, *, Tq=1.0, Tp=1.0, scale=1.0, mask=None):
     weight_q = magnitude * (p + q)
     weight_p = magnitude * p * (1 + torch.where(no_p, 0, delta).abs() + loss)
     results = {
-        "loss": (loss, magnitude * (loss + d_q.abs().sum(1, keepdim=True))),
+        "loss": (scale * loss, scale.abs() * magnitude * (loss + d_q.abs().sum(1, keepdim=True))),
         "grad_input": (scale * d_q / Tq, scale.abs() * weight_q / Tq),
         "grad_target": (scale * d_p / Tp, scale.abs() * weight_p / Tp),
         "grad_input_temperature": (

@@ -380,7 +380,7 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
     }
     const Row<S>& row = found.row;
     const S loss = static_cast<S>(found.loss);
-    if (loss_out != nullptr) loss_out[r] = loss;
+    if (loss_out != nullptr) loss_out[r] = static_cast<S>(scale * found.loss);
 
     S buffer[kBlock];
     if (wants_gradient) {

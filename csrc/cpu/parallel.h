@@ -14,7 +14,7 @@
 namespace kdkernels::cpu {
 
 // Less work than this does not pay for waking another thread.
-constexpr int64_t kElementsPerThread = 4096;
+constexpr int64_t kElementsPerThread = 16384;
 
 // body(begin, end) over contiguous runs of rows. The pool is that of the OpenMP library already in
 // the process (torch's), so no second set of threads competes for the cores.

@@ -214,7 +214,7 @@ KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::T
   }
   team.reduce(sums, 0.0, Sum());
   const float loss = static_cast<float>(sums[0]);
-  if (leader) write(params.loss, r, loss);
+  if (leader) write(params.loss, r, scale * loss);
   if constexpr (kEverything) {
     Moment target_moment;
     row.visit([&](int packet, const float (&s)[V], const float (&t)[V]) {

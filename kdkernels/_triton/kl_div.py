@@ -355,7 +355,7 @@ def kl_div_fwd_kernel(
             input_moment = tl.sum(_moment(difference, p, s, max_q)[0], 1)[:, None]
 
     if loss_ptr is not None:
-        _store_per_row(loss_ptr, row, exists, live_2d, loss)
+        _store_per_row(loss_ptr, row, exists, live_2d, row_scale * loss)
     if INPUT_MOMENT:
         _store_per_row(
             grad_input_temperature_ptr, row, exists, live_2d, -grad_scale_q * inverse_q * input_moment
@@ -414,7 +414,7 @@ def kl_div(
     row_scale: torch.Tensor | None,  # (rows,) float32
     scale: float,
     mask: torch.Tensor | None,  # (rows,) bool
-    loss: torch.Tensor | None,  # (rows,) float32, unscaled
+    loss: torch.Tensor | None,  # (rows,) float32
     grad_input: torch.Tensor | None,  # (rows, classes) contiguous
     grad_target: torch.Tensor | None,  # (rows, classes) contiguous
     grad_input_temperature: torch.Tensor | None,  # (rows,) float32

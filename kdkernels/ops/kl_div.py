@@ -24,12 +24,14 @@ row is read once (kdkernels._triton.kl_div says for which sizes that holds on a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.scale_rows import scale_rows_
 
 Temperature = float | Tensor
@@ -87,71 +89,52 @@ _INPUTS = (
     "Tensor? mask, bool[] needs, str backend"
 )
 # Both give the gradients that `needs` asks for, in the order input, target, input_temperature,
-# target_temperature, times row_scale (or scale); the first gives the unscaled losses before them.
+# target_temperature; the first gives the rows' losses before them. All are times row_scale (or scale).
 LIBRARY.define(f"kl_div_fwd({_INPUTS}) -> Tensor[]")
 LIBRARY.define(f"kl_div_bwd({_INPUTS}) -> Tensor[]")
 
 
-def _outputs(input: Tensor, needs: list[bool], with_loss: bool) -> list[Tensor | None]:
+def _outputs(input: Tensor, needs: Sequence[bool], with_loss: bool) -> list[Tensor | None]:
     rows = input.shape[0]
     dtype = statistics_dtype(input.dtype)
     return [
-        input.new_empty(rows, dtype=dtype) if with_loss else None,
-        input.new_empty(input.shape) if needs[0] else None,
-        input.new_empty(input.shape) if needs[1] else None,
-        input.new_empty(rows, dtype=dtype) if needs[2] else None,
-        input.new_empty(rows, dtype=dtype) if needs[3] else None,
+        torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
+        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
+        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[1] else None,
+        torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
+        torch.empty(rows, dtype=dtype, device=input.device) if needs[3] else None,
     ]
 
 
-def _body(with_loss: bool) -> Any:
-    def body(
-        input: Tensor,  # (M, N)
-        target: Tensor,  # (M, N)
-        input_temperature: Tensor | None,  # (M,)
-        target_temperature: Tensor | None,  # (M,)
-        input_temperature_value: float,
-        target_temperature_value: float,
-        row_scale: Tensor | None,  # (M,)
-        scale: float,
-        mask: Tensor | None,  # (M,)
-        needs: list[bool],
-        backend: str,
-    ) -> list[Tensor]:
-        outputs = _outputs(input, needs, with_loss)
-        if input.shape[0]:
-            launcher(backend, "kl_div")(
-                input,
-                target,
-                input_temperature,
-                target_temperature,
-                input_temperature_value,
-                target_temperature_value,
-                row_scale,
-                scale,
-                mask,
-                *outputs,
-            )
-        return [output for output in outputs if output is not None]
-
-    return body
+def _body(
+    with_loss: bool,
+    input: Tensor,  # (M, N)
+    target: Tensor,  # (M, N)
+    *arguments: Any,  # as in _INPUTS
+) -> list[Tensor]:
+    *scalars, needs, backend = arguments
+    outputs = _outputs(input, needs, with_loss)
+    if input.shape[0]:
+        launcher(backend, "kl_div")(input, target, *scalars, *outputs)
+    return [output for output in outputs if output is not None]
 
 
-def _fake(with_loss: bool) -> Any:
-    def fake(input: Tensor, *arguments: Any) -> list[Tensor]:
-        needs = arguments[-2]
-        return [output for output in _outputs(input, needs, with_loss) if output is not None]
-
-    return fake
+def _fake(with_loss: bool, input: Tensor, *arguments: Any) -> list[Tensor]:
+    return [output for output in _outputs(input, arguments[-2], with_loss) if output is not None]
 
 
 for _name, _with_loss in (("kl_div_fwd", True), ("kl_div_bwd", False)):
-    LIBRARY.impl(_name, _body(_with_loss), "CPU")
-    LIBRARY.impl(_name, _body(_with_loss), "CUDA")
-    torch.library.register_fake(f"kdkernels::{_name}", _fake(_with_loss), lib=LIBRARY)
+    LIBRARY.impl(_name, partial(_body, _with_loss), "CPU")
+    LIBRARY.impl(_name, partial(_body, _with_loss), "CUDA")
+    torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
 
-kl_div_fwd = torch.ops.kdkernels.kl_div_fwd.default
-kl_div_bwd = torch.ops.kdkernels.kl_div_bwd.default
+
+def _run(with_loss: bool, input: Tensor, *arguments: Any) -> list[Tensor]:
+    if unobserved(input):
+        return _body(with_loss, input, *arguments)
+    return (torch.ops.kdkernels.kl_div_fwd if with_loss else torch.ops.kdkernels.kl_div_bwd)(
+        input, *arguments
+    )
 
 
 def _row_scale(
@@ -182,85 +165,78 @@ class _KLDiv(torch.autograd.Function):
         reduction: str,
         backend: str,
     ) -> Tensor:
+        needs = ctx.needs_input_grad
         row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype))
-        needs = list(ctx.needs_input_grad[:4])
+        # What the weights' gradient is made of are unscaled losses: then the scaling is left to the backward.
+        late_scale = row_scale if needs[4] else None
+        arguments = (
+            *_split(input_temperature, target_temperature),
+            *((None, 1.0) if needs[4] else (row_scale, scale)),
+            mask,
+        )
         # A captured graph cannot hand a buffer out once: there the backward computes.
-        at_once = not torch.compiler.is_compiling()
-        arguments = (*_split(input_temperature, target_temperature), row_scale, scale, mask)
-        rows, *gradients = kl_div_fwd(input, target, *arguments, needs if at_once else [False] * 4, backend)
-        ctx.gradients = gradients if at_once else None
-        ctx.reduction, ctx.backend, ctx.scale = reduction, backend, scale
-        ctx.input_temperature, ctx.target_temperature = arguments[2:4]
-        keep_rows = rows if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(input, target, *arguments[:2], weights, mask, row_scale, keep_rows)
-        return _reduce(rows, row_scale, scale, reduction)
+        compiling = torch.compiler.is_compiling()
+        rows, *gradients = _run(True, input, target, *arguments, NOTHING if compiling else needs[:4], backend)
+        ctx.gradients = None if compiling else gradients
+        ctx.arguments = (*arguments[2:4], arguments[5], reduction, backend)
+        ctx.save_for_backward(
+            input,
+            target,
+            *arguments[:2],
+            weights,
+            mask,
+            arguments[4],
+            late_scale,
+            rows if needs[4] else None,
+        )
+        if late_scale is not None:
+            rows = rows * late_scale
+        return rows if reduction == "none" else rows.sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
-        input, target, input_temperature, target_temperature, _, mask, row_scale, rows = (
-            ctx.saved_tensors
-        )
-        needs = list(ctx.needs_input_grad[:4])
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_output)
+        input, target, *temperatures, _, mask, row_scale, late_scale, rows = ctx.saved_tensors
+        *values, scale, reduction, backend = ctx.arguments
+        needs = ctx.needs_input_grad
         gradients, ctx.gradients = ctx.gradients, None
-        grad_output = grad_output.contiguous()
-        if gradients is not None:
-            for gradient in gradients:
-                if gradient.dim() == 2:
-                    scale_rows_(gradient, grad_output, ctx.backend)
-                else:
-                    gradient.mul_(grad_output)
-        elif any(needs):
-            if row_scale is None:
-                row_scale = (grad_output * ctx.scale).expand(input.shape[0]).contiguous()
-            else:
-                row_scale = row_scale * grad_output
-            gradients = kl_div_bwd(
-                input,
-                target,
-                input_temperature,
-                target_temperature,
-                ctx.input_temperature,
-                ctx.target_temperature,
-                row_scale,
-                1.0,
-                mask,
-                needs,
-                ctx.backend,
+        if gradients is None and any(needs[:4]):
+            # The same kernel on the same inputs: bit for bit what the first backward had.
+            gradients = _run(
+                False, input, target, *temperatures, *values, row_scale, scale, mask, needs[:4], backend
             )
+        upstream = grad_output.contiguous() if late_scale is None else grad_output * late_scale
+        for gradient in gradients or ():
+            if gradient.dim() == 2:
+                scale_rows_(gradient, upstream, backend)
+            else:
+                gradient.mul_(upstream)
         remaining = iter(gradients or ())
-        found: list[Tensor | None] = [next(remaining) if need else None for need in needs]
-        if ctx.needs_input_grad[4]:
-            each, scale = _row_scale(None, mask, ctx.reduction, rows.shape[0], rows.dtype)
-            found.append(rows * grad_output * (scale if each is None else each))
-        else:
-            found.append(None)
-        return (*found, None, None, None)
+        found = [next(remaining) if need else None for need in needs[:4]]
+        of_weights = None
+        if rows is not None:
+            each, one = _row_scale(None, mask, reduction, rows.shape[0], rows.dtype)
+            of_weights = rows * grad_output * (one if each is None else each)
+        return (*found, of_weights, None, None, None)
 
 
-def _split(*temperatures: Temperature) -> tuple[Any, ...]:
-    """(a, b) as the op takes them: tensors or None, then floats."""
-    tensors = [t if isinstance(t, Tensor) else None for t in temperatures]
-    return (*tensors, *(1.0 if isinstance(t, Tensor) else t for t in temperatures))
+NOTHING = (False, False, False, False)
 
 
-def _reduce(rows: Tensor, row_scale: Tensor | None, scale: float, reduction: str) -> Tensor:
-    if row_scale is not None:
-        rows = rows * row_scale
-    if reduction == "none":
-        return rows
-    # One small op, not two: at 128×100 each is a twentieth of the whole call.
-    return rows.sum() if scale == 1.0 or rows.numel() == 0 else rows.mean()
+def _split(a: Temperature, b: Temperature) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """Two temperatures as the op takes them: tensors or None, then floats."""
+    if isinstance(a, Tensor):
+        return (a, b, 1.0, 1.0) if isinstance(b, Tensor) else (a, None, 1.0, b)
+    return (None, b, a, 1.0) if isinstance(b, Tensor) else (None, None, a, b)
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient as a graph, for ``create_graph=True``: autograd through the reference."""
-    input, target, input_temperature, target_temperature, weights, mask, _, _ = ctx.saved_tensors
+    input, target, input_temperature, target_temperature, weights, mask, *_ = ctx.saved_tensors
     temperatures = (
-        ctx.input_temperature if input_temperature is None else input_temperature,
-        ctx.target_temperature if target_temperature is None else target_temperature,
+        ctx.arguments[0] if input_temperature is None else input_temperature,
+        ctx.arguments[1] if target_temperature is None else target_temperature,
     )
     loss = kl_div_reference(
         input,
@@ -269,7 +245,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         teacher_temperature=temperatures[1],
         mask=mask,
         weights=weights,
-        reduction=ctx.reduction,
+        reduction=ctx.arguments[3],
     )
     sources = (input, target, *temperatures, weights)
     wanted = [source for source, need in zip(sources, ctx.needs_input_grad) if need]
@@ -362,14 +338,19 @@ def kl_div(
         input_temperature, target_temperature = target_temperature, input_temperature
     weights, mask = _flat(weights), _flat(mask)
 
-    sources = (input, target, input_temperature, target_temperature, weights)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in sources):
-        loss = _KLDiv.apply(*sources, mask, reduction, backend)
+    if torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad
+        for x in (input, target, input_temperature, target_temperature, weights)
+    ):
+        loss = _KLDiv.apply(
+            input, target, input_temperature, target_temperature, weights, mask, reduction, backend
+        )
     else:
         row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], dtype)
         temperatures = _split(input_temperature, target_temperature)
-        [losses] = kl_div_fwd(input, target, *temperatures, row_scale, scale, mask, [False] * 4, backend)
-        loss = _reduce(losses, row_scale, scale, reduction)
+        [loss] = _run(True, input, target, *temperatures, row_scale, scale, mask, NOTHING, backend)
+        if reduction != "none":
+            loss = loss.sum()
     return loss.view(rows) if reduction == "none" else loss
 
 

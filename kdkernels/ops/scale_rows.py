@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher
+from kdkernels.backend import LIBRARY, launcher, unobserved
 
 LIBRARY.define("scale_rows_(Tensor(a!) grad, Tensor scale, str backend) -> ()")
 
@@ -23,4 +23,7 @@ LIBRARY.impl("scale_rows_", _body, "CPU")
 LIBRARY.impl("scale_rows_", _body, "CUDA")
 torch.library.register_fake("kdkernels::scale_rows_", lambda grad, scale, backend: None, lib=LIBRARY)
 
-scale_rows_ = torch.ops.kdkernels.scale_rows_.default
+
+def scale_rows_(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, N) contiguous, () or (M,)
+    """grad[r, :] *= scale[r] in place; a row whose scale is 1 is left alone."""
+    (_body if unobserved(grad) else torch.ops.kdkernels.scale_rows_)(grad, scale, backend)
