@@ -21,6 +21,7 @@ except ImportError as error:
 
 import torch
 
+from kdkernels.backend import resolve
 from kdkernels.train import data as datasets
 from kdkernels.train.loop import Config, TrainingError, run
 from kdkernels.train.report import Report, write_json
@@ -194,7 +195,11 @@ def train(
         folder = _make_folder(out, name, config)
         report = Report(folder, config, images, console, quiet)
         write_json(folder / "config.json", asdict(config))
-        report.say(f"{data}: {images['labelled']:,} labels, pool of {images['pool']:,}; writing to {folder}")
+        backend = resolve(None, torch.zeros(1, device=config.device), "logits")
+        report.say(
+            f"{data}: {images['labelled']:,} labels, pool of {images['pool']:,}; losses by backend {backend}; "
+            f"writing to {folder}"
+        )
         with report:
             run(config, dataset, report)
         report.finish()

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import kdkernels
+from kdkernels.backend import resolve
 
 if TYPE_CHECKING:
     from kdkernels.train.loop import Config, Epoch
@@ -161,6 +162,7 @@ class Report:
             "parameters": {n: self.results[n][0] for n in ("teacher", "student")},
             "images": self.images,
             "threads": torch.get_num_threads(),
+            "backend": resolve(None, torch.zeros(1, device=self.config.device), "logits"),
             "versions": {
                 "kdkernels": kdkernels.__version__,
                 "torch": str(torch.__version__),
