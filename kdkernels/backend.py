@@ -16,6 +16,7 @@ cuda        cuda (the native module was built with nvcc)   float32, float16, bfl
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -96,7 +97,13 @@ def resolve(backend: str | None, tensor: Tensor, name: str) -> str:
     Raises ValueError for an unknown backend, RuntimeError for one that is not available on the tensor's
     device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
     """
-    device, dtype = tensor.device.type, tensor.dtype
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be None or a name, got {backend!r}")
+    return _resolve(backend, tensor.device.type, tensor.dtype, name)
+
+
+@functools.cache
+def _resolve(backend: str | None, device: str, dtype: torch.dtype, name: str) -> str:
     if dtype not in DTYPES["reference"]:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_short(dtype)}")
     if backend is None:

@@ -59,6 +59,7 @@ def cuda_on_cpu() -> object:
     kd._LAUNCHERS["cuda", "kl_div"] = kd.native_kl_div(on_cpu(module.cuda_kl_div))
     kd._LAUNCHERS["cuda", "scale_rows"] = kd.native_scale_rows(on_cpu(module.cuda_scale_rows))
     kd._DEVICES["cuda"]["cpu"] = ""
+    kd._resolve.cache_clear()
     return module
 
 

@@ -316,9 +316,9 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
   const int64_t classes = params.classes;
   const bool more_outputs = params.grad_target != nullptr || input_temperature_out != nullptr ||
                             target_temperature_out != nullptr;
-  // With 32 rows or more to a thread's stash, memory stays at one gradient and little. The choice
-  // must not depend on the number of threads: the two ways may round differently.
-  constexpr int64_t kStashRows = sizeof(T) == sizeof(float) ? 1 : 4;
+  // With this many rows a thread's stash is 1/32 of a float32 gradient, 1/16 of a half one. The
+  // choice must not depend on the number of threads: the two ways may round differently.
+  constexpr int64_t kStashRows = sizeof(T) == sizeof(float) ? 1 : 2;
   const bool stashed = params.grad_input != nullptr && params.rows >= 32 * kStashRows;
   Stash stash;
   stash.shift.resize(classes / kBlock + 1);

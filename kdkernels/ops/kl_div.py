@@ -197,27 +197,27 @@ class _KLDiv(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_output)
-        input, target, *temperatures, _, mask, row_scale, late_scale, rows = ctx.saved_tensors
-        *values, scale, reduction, backend = ctx.arguments
         needs = ctx.needs_input_grad
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None and any(needs[:4]):
-            # The same kernel on the same inputs: bit for bit what the first backward had.
-            gradients = _run(
-                False, input, target, *temperatures, *values, row_scale, scale, mask, needs[:4], backend
-            )
-        upstream = grad_output.contiguous() if late_scale is None else grad_output * late_scale
-        for gradient in gradients or ():
+        upstream, of_weights = grad_output.contiguous(), None
+        if gradients is None or needs[4]:
+            input, target, *temperatures, _, mask, row_scale, late_scale, rows = ctx.saved_tensors
+            *values, scale, reduction, backend = ctx.arguments
+            if gradients is None:
+                # The same kernel on the same inputs: bit for bit what the first backward had.
+                arguments = (*temperatures, *values, row_scale, scale, mask, needs[:4], backend)
+                gradients = _run(False, input, target, *arguments) if any(needs[:4]) else []
+            if needs[4]:
+                each, one = _row_scale(None, mask, reduction, rows.shape[0], rows.dtype)
+                of_weights = rows * grad_output * (one if each is None else each)
+                upstream = grad_output * late_scale
+        for gradient in gradients:
             if gradient.dim() == 2:
-                scale_rows_(gradient, upstream, backend)
+                scale_rows_(gradient, upstream, ctx.arguments[-1])
             else:
                 gradient.mul_(upstream)
-        remaining = iter(gradients or ())
+        remaining = iter(gradients)
         found = [next(remaining) if need else None for need in needs[:4]]
-        of_weights = None
-        if rows is not None:
-            each, one = _row_scale(None, mask, reduction, rows.shape[0], rows.dtype)
-            of_weights = rows * grad_output * (one if each is None else each)
         return (*found, of_weights, None, None, None)
 
 
@@ -338,9 +338,13 @@ def kl_div(
         input_temperature, target_temperature = target_temperature, input_temperature
     weights, mask = _flat(weights), _flat(mask)
 
-    if torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad
-        for x in (input, target, input_temperature, target_temperature, weights)
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or target.requires_grad
+        or any(
+            isinstance(x, Tensor) and x.requires_grad
+            for x in (input_temperature, target_temperature, weights)
+        )
     ):
         loss = _KLDiv.apply(
             input, target, input_temperature, target_temperature, weights, mask, reduction, backend
