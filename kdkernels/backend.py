@@ -134,20 +134,26 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _on_threads(function: Callable[..., None]) -> Callable[..., None]:
-    return lambda tensor, *arguments: function(torch.get_num_threads(), *arguments)
+def _threads(tensor: Tensor) -> int:
+    return torch.get_num_threads()
 
 
-def _on_stream(function: Callable[..., None]) -> Callable[..., None]:
-    def run(tensor: Tensor, *arguments: object) -> None:
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _on_device(launch: Callable[..., None]) -> Callable[..., None]:
+    """`launch` with its first tensor's device as the current one, where a CUDA launch goes."""
+
+    def launch_there(tensor: Tensor, *arguments: object) -> None:
         with torch.cuda.device_of(tensor):
-            function(torch.cuda.current_stream(tensor.device).cuda_stream, *arguments)
+            launch(tensor, *arguments)
 
-    return run
+    return launch_there
 
 
-def native_kl_div(run: Callable[..., None]) -> Callable[..., None]:
-    """The launcher over `run(tensor, *arguments)`, which adds the threads or the stream of the tensor."""
+def native_kl_div(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """The launcher over a function of the native module; `where` gives its threads or its stream."""
 
     def kl_div(
         input: Tensor,  # (M, N)
@@ -167,7 +173,7 @@ def native_kl_div(run: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         rows, classes = input.shape
         run(
-            input,
+            where(input),
             _DTYPE_CODE[input.dtype],
             rows,
             classes,
@@ -192,13 +198,21 @@ def native_kl_div(run: Callable[..., None]) -> Callable[..., None]:
     return kl_div
 
 
-def native_scale_rows(run: Callable[..., None]) -> Callable[..., None]:
-    """The launcher over `run`, as for `native_kl_div`."""
+def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
 
     def scale_rows(grad: Tensor, scale: Tensor) -> None:  # (M, N), () or (M,)
         rows, classes = grad.shape
         stride = scale.stride(0) if scale.dim() else 0
-        run(grad, _DTYPE_CODE[grad.dtype], rows, classes, _address(grad), _address(scale), stride)
+        run(
+            where(grad),
+            _DTYPE_CODE[grad.dtype],
+            rows,
+            classes,
+            grad.data_ptr(),
+            scale.data_ptr(),
+            stride,
+        )
 
     return scale_rows
 
@@ -206,11 +220,11 @@ def native_scale_rows(run: Callable[..., None]) -> Callable[..., None]:
 def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
     table: dict[tuple[str, str], Callable[..., None]] = {}
     if _C is not None:
-        table["cpu", "kl_div"] = native_kl_div(_on_threads(_C.cpu_kl_div))
-        table["cpu", "scale_rows"] = native_scale_rows(_on_threads(_C.cpu_scale_rows))
+        table["cpu", "kl_div"] = native_kl_div(_C.cpu_kl_div, _threads)
+        table["cpu", "scale_rows"] = native_scale_rows(_C.cpu_scale_rows, _threads)
         if _C.with_cuda:
-            table["cuda", "kl_div"] = native_kl_div(_on_stream(_C.cuda_kl_div))
-            table["cuda", "scale_rows"] = native_scale_rows(_on_stream(_C.cuda_scale_rows))
+            table["cuda", "kl_div"] = _on_device(native_kl_div(_C.cuda_kl_div, _stream))
+            table["cuda", "scale_rows"] = _on_device(native_scale_rows(_C.cuda_scale_rows, _stream))
     if importlib.util.find_spec("triton") is not None:
         for name in ("kl_div", "scale_rows"):
             table["triton", name] = _first_use(name)

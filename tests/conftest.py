@@ -53,11 +53,11 @@ def cuda_on_cpu() -> object:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
 
-    def on_cpu(function):
-        return lambda tensor, *arguments: function(0, *arguments)
+    def no_stream(tensor: torch.Tensor) -> int:
+        return 0
 
-    kd._LAUNCHERS["cuda", "kl_div"] = kd.native_kl_div(on_cpu(module.cuda_kl_div))
-    kd._LAUNCHERS["cuda", "scale_rows"] = kd.native_scale_rows(on_cpu(module.cuda_scale_rows))
+    kd._LAUNCHERS["cuda", "kl_div"] = kd.native_kl_div(module.cuda_kl_div, no_stream)
+    kd._LAUNCHERS["cuda", "scale_rows"] = kd.native_scale_rows(module.cuda_scale_rows, no_stream)
     kd._DEVICES["cuda"]["cpu"] = ""
     kd._resolve.cache_clear()
     return module

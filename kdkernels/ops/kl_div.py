@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +106,10 @@ def _outputs(input: Tensor, needs: Sequence[bool], with_loss: bool) -> list[Tens
     ]
 
 
-def _body(
-    with_loss: bool,
-    input: Tensor,  # (M, N)
-    target: Tensor,  # (M, N)
-    *arguments: Any,  # as in _INPUTS
-) -> list[Tensor]:
-    *scalars, needs, backend = arguments
-    outputs = _outputs(input, needs, with_loss)
+def _body(with_loss: bool, input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
+    outputs = _outputs(input, arguments[-2], with_loss)
     if input.shape[0]:
-        launcher(backend, "kl_div")(input, target, *scalars, *outputs)
+        launcher(arguments[-1], "kl_div")(input, target, *arguments[:-2], *outputs)
     return [output for output in outputs if output is not None]
 
 
@@ -299,11 +293,21 @@ def kl_div(
 
     >>> loss = 4.0**2 * kdkernels.kl_div(student_logits, teacher_logits, temperature=4.0)
     """
-    _check_logits(student, teacher)
+    # In one expression, before anything else is called: at 128×100 a tenth of the call was spent on checks.
+    if not (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and (shape := student.shape) == teacher.shape
+        and shape
+        and shape[-1]
+        and student.dtype == teacher.dtype
+        and student.device == teacher.device
+    ):
+        _refuse_logits(student, teacher)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     backend = resolve(backend, student, "student")
-    rows = student.shape[:-1]
+    rows = shape[:-1]
     dtype = statistics_dtype(student.dtype)
     temperature = _temperature(temperature, "temperature", student, dtype)
     if teacher_temperature is None:
@@ -358,7 +362,7 @@ def kl_div(
     return loss.view(rows) if reduction == "none" else loss
 
 
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
+def _refuse_logits(student: Any, teacher: Any) -> NoReturn:
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor of logits, got {_kind(student)}")
     if not isinstance(teacher, Tensor):
@@ -371,8 +375,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         )
     if teacher.dtype != student.dtype:
         raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+    raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
 
 
 def _temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
