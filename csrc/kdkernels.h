@@ -10,10 +10,6 @@ namespace kdkernels {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
-constexpr int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // Row-wise KL divergence of tempered softmaxes, P from `target` and Q from `input`:
 //
 //   P = softmax(target / T_P), Q = softmax(input / T_Q), D = log P - log Q

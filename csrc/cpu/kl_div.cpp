@@ -458,9 +458,6 @@ KDK_CLONES void rows_float64(const KlDivParams& p, int64_t b, int64_t e) {
 }  // namespace
 
 void kl_div(const KlDivParams& params, int threads) {
-  const int64_t bytes = params.rows * params.classes * element_size(params.dtype);
-  prefer_large_pages(params.grad_input, bytes);
-  prefer_large_pages(params.grad_target, bytes);
   auto* body = params.dtype == DType::kFloat32    ? rows_float32
                : params.dtype == DType::kFloat16  ? rows_float16
                : params.dtype == DType::kBFloat16 ? rows_bfloat16

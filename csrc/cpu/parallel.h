@@ -1,4 +1,4 @@
-// Rows over threads, and pages for large outputs.
+// Rows over threads.
 #pragma once
 
 #include <algorithm>
@@ -7,13 +7,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace kdkernels::cpu {
 
-// Less work than this does not pay for waking another thread.
+// Less work than this, about 20 us, does not pay for waking another thread.
 constexpr int64_t kElementsPerThread = 16384;
 
 // body(begin, end) over contiguous runs of rows. The pool is that of the OpenMP library already in
@@ -28,23 +25,6 @@ void for_each_run_of_rows(int64_t rows, int64_t classes, int threads, const Body
   }
 #pragma omp parallel for num_threads(static_cast<int>(count)) schedule(static, 1)
   for (int64_t i = 0; i < count; ++i) body(rows * i / count, rows * (i + 1) / count);
-}
-
-// Asks for large pages where a fresh output is about to be written: with 4 KiB pages, faulting them
-// in took longer than computing what they hold. A hint: nothing is lost where the system declines
-// it.
-inline void prefer_large_pages(void* base, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(base) + kPage - 1) & ~(kPage - 1);
-  const auto end =
-      (reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
-  if (base != nullptr && begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)base;
-  (void)bytes;
-#endif
 }
 
 }  // namespace kdkernels::cpu
