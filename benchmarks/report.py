@@ -98,9 +98,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{group[0]}, {group[1]}", fontsize=10, loc="left")
         axis.margins(y=0.18)
         axis.set_xticks(range(len(mine)), [f"{c['shape'][0]}×{c['shape'][1]}" for c in mine])
-    axes[0, 0].legend(ncol=len(names), fontsize=8, loc="upper left", frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncol=len(names), loc="upper center", frameon=False)
     axes[-1, 0].set_xlabel("rows × classes")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
