@@ -4,13 +4,13 @@
 // and x = (target / T_P - input / T_Q) - c0, one sweep gathers, without any exponential of the
 // input's side,
 //
-//   S = sum e_j,  A = sum e_j (x_j + e^-x_j - 1),  B = sum e_j (e^-x_j - 1),  e_j = exp(target_j /
-//   T_P - max),
+//   S = sum e_j,  A = sum e_j (x_j + e^-x_j - 1),  B = sum e_j (e^-x_j - 1)
 //
-// from which y = c0 - c = log(1 + B / S), KL = A / S - (e^y - 1 - y), and Q_j - P_j is e_j / S
-// times (e^-x_j - e^y) e^-y. Nothing cancels: all three are sums of what is small where KL is. A
-// row in which some P underflows while Q need not (masked classes, logits far apart), and every
-// float64 row, takes the plain way: maximum and sum of both sides, then the terms of ../math.h.
+// with e_j = exp(target_j / T_P - max), from which y = c0 - c = log(1 + B / S), KL = A / S - (e^y -
+// 1 - y), and Q_j - P_j is e_j / S times (e^-x_j - e^y) e^-y. Nothing cancels: all three are sums
+// of what is small where KL is. A row in which some P underflows while Q need not (masked classes,
+// logits far apart), and every float64 row, takes the plain way: maximum and sum of both sides,
+// then the terms of ../math.h.
 //
 // Threads take contiguous runs of rows, and each row is summed in one fixed order, so that results
 // do not depend on their number.
