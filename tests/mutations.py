@@ -85,6 +85,7 @@ def main(word: str = "") -> int:
         native = shell(build, tree, KDKERNELS_CUDA="0")
         if native.returncode:
             raise SystemExit(native.stderr)
+        stale = False  # whether the native module is that of the break before
         for mutation in MUTATIONS:
             if word not in mutation.name:
                 continue
@@ -94,8 +95,9 @@ def main(word: str = "") -> int:
                 raise SystemExit(f"{mutation.name}: {mutation.file} no longer holds {mutation.old!r}")
             path.write_text(text.replace(mutation.old, mutation.new))
             rebuild = mutation.file.startswith(("csrc/cpu", "csrc/math"))
-            if rebuild:
+            if rebuild or stale:
                 shell(build, tree, KDKERNELS_CUDA="0")
+            stale = rebuild
             done = shell(f"{sys.executable} -m pytest -x -q -p no:cacheprovider {mutation.tests}", tree)
             # 1: tests failed. Anything else (no test chosen, a crash) proves nothing of the tests.
             noticed = done.returncode == 1
@@ -103,8 +105,6 @@ def main(word: str = "") -> int:
             verdict = "noticed" if noticed else f"SURVIVED (pytest {done.returncode})"
             print(f"{verdict:10} {mutation.name}", flush=True)
             path.write_text(text)
-            if rebuild:
-                shell(build, tree, KDKERNELS_CUDA="0")
     print(f"{survivors} survived")
     return min(survivors, 1)
 
