@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "op: upstream gradient ignored",
         OP,
-        "upstream = grad_output.contiguous()",
-        "upstream = torch.ones_like(grad_output)",
+        "upstream, of_weights = grad_output.contiguous(), None",
+        "upstream, of_weights = torch.ones_like(grad_output), None",
         grid("cpu", "twice or row_arg"),
     ),
     Mutation("op: gradient of weights missing its factor", OP, "of_weights = rows * grad_output *", "of_weights = rows *", grid("cpu", "row_arguments")),
