@@ -61,7 +61,7 @@ MUTATIONS = [
         grid("cpu", "twice or row_arg"),
     ),
     Mutation("op: gradient of weights missing its factor", OP, "of_weights = rows * grad_output *", "of_weights = rows *", grid("cpu", "row_arguments")),
-    Mutation("op: double backward without the upstream gradient", OP, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", grid("cpu", "gradcheck")),
+    Mutation("op: double backward without the upstream gradient", OP, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", grid("cpu", "gradcheck or double")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 
