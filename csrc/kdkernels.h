@@ -42,6 +42,147 @@ struct KlDivParams {
   DType dtype;
 };
 
+// What a logit_loss puts between P (from `target`) and Q (from `input`), seen from the input, whose
+// gradient it makes: the target's gradient is a second call with the sides exchanged. y is the
+// row's label, P' and Q' the softmaxes over the classes other than y (nothing, where there is no
+// other), b_P = (P_y, 1 - P_y); p and q are P and Q at temperature 1.
+enum class Divergence : int32_t {
+  kNone = 0,               // nothing: the target is not read, and may be null
+  kKl = 1,                 // KL(P||Q)
+  kReverseKl = 2,          // KL(Q||P)
+  kMixture = 3,            // first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q, 0 < mix < 1
+  kTotalVariation = 4,     // 1/2 sum_j |P_j - Q_j|
+  kDecoupled = 5,          // first KL(b_P||b_Q) + second KL(P'||Q')
+  kReverseDecoupled = 6,   // first KL(b_Q||b_P) + second KL(Q'||P')
+  kNormalized = 7,         // first (-p_y log q_y) + second (-sum_j P'_j log Q'_j)
+  kReverseNormalized = 8,  // first (-q_y log p_y) + second (-sum_j Q'_j log P'_j)
+  kStatistics = 9,         // KL(P||Q), without a gradient; `terms` are the statistics named below
+};
+
+// Rows of a loss from logits: a soft term against the target, hard cross-entropy, z-loss.
+//
+//   P = softmax(target / T_P), Q = softmax(input / T_Q)
+//   soft  = soft_scale D(P, Q)
+//   hard  = hard_weight (lse - (1 - label_smoothing) input_y - label_smoothing mean_j input_j)
+//   z     = z_loss lse^2, with lse = log sum_j e^input_j
+//   loss  = row_scale (soft + hard + z)
+//   terms = row_scale soft, row_scale hard, row_scale z, and the part of the first that has the
+//           factor `first`, of the decoupled and normalized divergences (else 0)
+//   grad_input             = dloss / dinput
+//   grad_input_temperature = dloss / dT_Q, with soft_scale constant
+//
+// kStatistics: terms = entropy of P, entropy of Q, sum_j min(P_j, Q_j), and 1 where the first
+// maxima of target and input are the same class, else 0.
+//
+// With `standardize`, the soft term (only) takes z' = (z - mean) / (1e-7 + std) instead of z, on
+// both sides, with std over classes - 1; a row without spread gives z' = 0 and no gradient. Logits
+// of -inf stay so, and are not counted in the means, std and its `classes`. A label outside [0,
+// classes) makes its row's outputs NaN (on the CPU: std::invalid_argument). A null output is not
+// computed. A row whose mask is 0 is not read: its outputs are 0. `labels` may be null where
+// neither hard_weight nor the divergence needs them.
+struct LogitLossParams {
+  const void* input;               // (rows, classes), row stride input_stride, class stride 1
+  const void* target;              // (rows, classes), row stride target_stride, class stride 1
+  const int64_t* labels;           // (rows,), or null
+  const void* input_temperature;   // (rows,) statistics, or null: input_temperature_value
+  const void* target_temperature;  // (rows,) statistics, or null: target_temperature_value
+  const void* soft_scale;          // (rows,) statistics, or null: soft_scale_value
+  const void* row_scale;           // (rows,) statistics, or null: scale
+  const uint8_t* mask;             // (rows,), or null: every row counts
+  void* loss;                      // (rows,) statistics, or null
+  void* terms;                     // (4, rows) statistics, or null
+  void* grad_input;                // (rows, classes), row stride grad_stride, or null
+  void* grad_input_temperature;    // (rows,) statistics, or null
+  double input_temperature_value;
+  double target_temperature_value;
+  double soft_scale_value;
+  double scale;
+  double first;
+  double second;
+  double mix;
+  double hard_weight;
+  double label_smoothing;
+  double z_loss;
+  int64_t rows;
+  int64_t classes;
+  int64_t input_stride;
+  int64_t target_stride;
+  int64_t grad_stride;
+  Divergence divergence;
+  bool standardize;
+  DType dtype;
+};
+
+// What a teacher's top k leave over: the mass that their log-probabilities do not name.
+enum class Tail : int32_t {
+  kBucket = 0,       // one more class on both sides, with the mass that the k leave
+  kRenormalize = 1,  // P and Q are made to sum to 1 over the k
+  kDrop = 2,         // no term for it
+};
+
+// Rows of KL(P||Q) of a teacher known by k log-probabilities, P_i = e^log_probs_i at class
+// indices_i, and Q = softmax(input / T_Q). With I the set of a row's indices:
+//
+//   kBucket       sum_i P_i log(P_i / Q_i) + P_r log(P_r / Q_r), P_r = max(0, 1 - sum_i P_i), Q_r =
+//                 sum of Q outside I (no last term where k = classes)
+//   kRenormalize  sum_i P'_i log(P'_i / Q'_i), P' = P / sum_i P_i, Q' = Q / sum_i Q_i
+//   kDrop         sum_i P_i log(P_i / Q_i)
+//
+// loss and the gradients are times row_scale. An index outside [0, classes), or twice in a row,
+// makes that row's outputs NaN (on the CPU: std::invalid_argument); CUDA and Triton look for the
+// first kind only. A null output is not computed. A row whose mask is 0 is not read: its outputs
+// are 0. P_i = 0 counts for nothing on P's side.
+struct TopkKlDivParams {
+  const void* input;              // (rows, classes), row stride input_stride, class stride 1
+  const void* log_probs;          // (rows, k) statistics, contiguous
+  const int64_t* indices;         // (rows, k) contiguous
+  const void* input_temperature;  // (rows,) statistics, or null: input_temperature_value
+  const void* row_scale;          // (rows,) statistics, or null: scale
+  const uint8_t* mask;            // (rows,), or null: every row counts
+  void* loss;                     // (rows,) statistics, or null
+  void* grad_input;               // (rows, classes), row stride grad_stride, or null
+  void* grad_log_probs;           // (rows, k) statistics, contiguous, or null
+  void* grad_input_temperature;   // (rows,) statistics, or null
+  double input_temperature_value;
+  double scale;
+  int64_t rows;
+  int64_t classes;
+  int64_t k;
+  int64_t input_stride;
+  int64_t grad_stride;
+  Tail tail;
+  DType dtype;
+};
+
+constexpr int kMaxTeachers = 16;
+
+// Rows of sum_k weight_k KL(P_k||Q_k), with P_k = softmax(targets_k / T_k), Q_k = softmax(input /
+// T_k), and the gradient of that with respect to the input; `losses` are the KLs themselves. Where
+// teacher_mask is 0 the teacher's row is not read, and counts for nothing (its `losses` are 0). A
+// null output is not computed. A row whose mask is 0 is not read: its outputs are 0.
+struct MultiTeacherKlDivParams {
+  const void* input;                  // (rows, classes), row stride input_stride, class stride 1
+  const void* targets[kMaxTeachers];  // (rows, classes) each, class stride 1
+  int64_t target_strides[kMaxTeachers];
+  const void* temperature;      // (teachers, rows) statistics, or null: temperature_values
+  const void* weight;           // (teachers, rows) statistics, or null: weight_values
+  const uint8_t* teacher_mask;  // (teachers, rows), or null: every teacher counts
+  const uint8_t* mask;          // (rows,), or null: every row counts
+  void* loss;                   // (rows,) statistics, or null
+  void* losses;                 // (teachers, rows) statistics, contiguous, or null
+  void* grad_input;             // (rows, classes) contiguous, or null
+  double temperature_values[kMaxTeachers];
+  double weight_values[kMaxTeachers];
+  int64_t temperature_strides[2];  // of teachers, of rows; 0 is legal, here and below
+  int64_t weight_strides[2];
+  int64_t teacher_mask_strides[2];
+  int64_t rows;
+  int64_t classes;
+  int64_t teachers;
+  int64_t input_stride;
+  DType dtype;
+};
+
 // grad[r, :] *= scale[r], in place. A row whose scale is exactly 1 is neither read nor written.
 struct ScaleRowsParams {
   void* grad;         // (rows, classes) contiguous
@@ -54,12 +195,18 @@ struct ScaleRowsParams {
 
 namespace cpu {
 void kl_div(const KlDivParams& params, int threads);
+void logit_loss(const LogitLossParams& params, int threads);
+void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
+void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0 is success); `stream` is a cudaStream_t. float64 is not taken.
 namespace cuda {
 int kl_div(const KlDivParams& params, void* stream);
+int logit_loss(const LogitLossParams& params, void* stream);
+int multi_teacher_kl_div(const MultiTeacherKlDivParams& params, void* stream);
+int topk_kl_div(const TopkKlDivParams& params, void* stream);
 int scale_rows(const ScaleRowsParams& params, void* stream);
 const char* error_string(int error);
 }  // namespace cuda

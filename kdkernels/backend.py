@@ -20,7 +20,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -198,6 +198,167 @@ def native_kl_div(run: Callable[..., None], where: Callable[[Tensor], int]) -> C
     return kl_div
 
 
+def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def logit_loss(
+        input: Tensor,  # (M, N)
+        target: Tensor | None,  # (M, N)
+        labels: Tensor | None,  # (M,) int64
+        input_temperature: Tensor | None,  # (M,)
+        target_temperature: Tensor | None,  # (M,)
+        input_temperature_value: float,
+        target_temperature_value: float,
+        soft_scale: Tensor | None,  # (M,)
+        soft_scale_value: float,
+        row_scale: Tensor | None,  # (M,)
+        scale: float,
+        mask: Tensor | None,  # (M,)
+        divergence: int,
+        first: float,
+        second: float,
+        mix: float,
+        standardize: bool,
+        hard_weight: float,
+        label_smoothing: float,
+        z_loss: float,
+        loss: Tensor | None,  # (M,)
+        terms: Tensor | None,  # (4, M)
+        grad_input: Tensor | None,  # (M, N)
+        grad_input_temperature: Tensor | None,  # (M,)
+    ) -> None:
+        rows, classes = input.shape
+        run(
+            where(input),
+            _DTYPE_CODE[input.dtype],
+            rows,
+            classes,
+            input.stride(0),
+            0 if target is None else target.stride(0),
+            0 if grad_input is None else grad_input.stride(0),
+            input.data_ptr(),
+            _address(target),
+            _address(labels),
+            _address(input_temperature),
+            _address(target_temperature),
+            input_temperature_value,
+            target_temperature_value,
+            _address(soft_scale),
+            soft_scale_value,
+            _address(row_scale),
+            scale,
+            _address(mask),
+            divergence,
+            first,
+            second,
+            mix,
+            standardize,
+            hard_weight,
+            label_smoothing,
+            z_loss,
+            _address(loss),
+            _address(terms),
+            _address(grad_input),
+            _address(grad_input_temperature),
+        )
+
+    return logit_loss
+
+
+def native_topk_kl_div(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def topk_kl_div(
+        input: Tensor,  # (M, N)
+        log_probs: Tensor,  # (M, k) statistics' dtype, contiguous
+        indices: Tensor,  # (M, k) int64, contiguous
+        input_temperature: Tensor | None,  # (M,)
+        input_temperature_value: float,
+        row_scale: Tensor | None,  # (M,)
+        scale: float,
+        mask: Tensor | None,  # (M,)
+        tail: int,
+        loss: Tensor | None,  # (M,)
+        grad_input: Tensor | None,  # (M, N)
+        grad_log_probs: Tensor | None,  # (M, k) statistics' dtype, contiguous
+        grad_input_temperature: Tensor | None,  # (M,)
+    ) -> None:
+        rows, classes = input.shape
+        run(
+            where(input),
+            _DTYPE_CODE[input.dtype],
+            rows,
+            classes,
+            indices.shape[1],
+            input.stride(0),
+            0 if grad_input is None else grad_input.stride(0),
+            input.data_ptr(),
+            log_probs.data_ptr(),
+            indices.data_ptr(),
+            _address(input_temperature),
+            input_temperature_value,
+            _address(row_scale),
+            scale,
+            _address(mask),
+            tail,
+            _address(loss),
+            _address(grad_input),
+            _address(grad_log_probs),
+            _address(grad_input_temperature),
+        )
+
+    return topk_kl_div
+
+
+def native_multi_teacher_kl_div(
+    run: Callable[..., None], where: Callable[[Tensor], int]
+) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def multi_teacher_kl_div(
+        input: Tensor,  # (M, N)
+        targets: Sequence[Tensor],  # K of (M, N)
+        temperature: Tensor | None,  # (K, M), any strides
+        temperature_values: Sequence[float],  # K
+        weight: Tensor | None,  # (K, M), any strides
+        weight_values: Sequence[float],  # K
+        teacher_mask: Tensor | None,  # (K, M) bool, any strides
+        mask: Tensor | None,  # (M,)
+        loss: Tensor | None,  # (M,)
+        losses: Tensor | None,  # (K, M) contiguous
+        grad_input: Tensor | None,  # (M, N) contiguous
+    ) -> None:
+        rows, classes = input.shape
+        run(
+            where(input),
+            _DTYPE_CODE[input.dtype],
+            rows,
+            classes,
+            input.stride(0),
+            input.data_ptr(),
+            [target.data_ptr() for target in targets],
+            [target.stride(0) for target in targets],
+            _address(temperature),
+            _strides(temperature),
+            temperature_values,
+            _address(weight),
+            _strides(weight),
+            weight_values,
+            _address(teacher_mask),
+            _strides(teacher_mask),
+            _address(mask),
+            _address(loss),
+            _address(losses),
+            _address(grad_input),
+        )
+
+    return multi_teacher_kl_div
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if matrix is None else matrix.stride()
+
+
 def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
     """As native_kl_div."""
 
@@ -217,16 +378,24 @@ def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) 
     return scale_rows
 
 
+# What the native module has: the name of each kernel, and what makes its launcher.
+NATIVE = {
+    "kl_div": native_kl_div,
+    "logit_loss": native_logit_loss,
+    "multi_teacher_kl_div": native_multi_teacher_kl_div,
+    "scale_rows": native_scale_rows,
+    "topk_kl_div": native_topk_kl_div,
+}
+
+
 def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
     table: dict[tuple[str, str], Callable[..., None]] = {}
-    if _C is not None:
-        table["cpu", "kl_div"] = native_kl_div(_C.cpu_kl_div, _threads)
-        table["cpu", "scale_rows"] = native_scale_rows(_C.cpu_scale_rows, _threads)
-        if _C.with_cuda:
-            table["cuda", "kl_div"] = _on_device(native_kl_div(_C.cuda_kl_div, _stream))
-            table["cuda", "scale_rows"] = _on_device(native_scale_rows(_C.cuda_scale_rows, _stream))
-    if importlib.util.find_spec("triton") is not None:
-        for name in ("kl_div", "scale_rows"):
+    for name, launcher_over in NATIVE.items():
+        if _C is not None:
+            table["cpu", name] = launcher_over(getattr(_C, f"cpu_{name}"), _threads)
+            if _C.with_cuda:
+                table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
+        if importlib.util.find_spec("triton") is not None:
             table["triton", name] = _first_use(name)
     return table
 

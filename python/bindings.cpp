@@ -2,9 +2,13 @@
 // here: the callers in kdkernels/backend.py check and allocate, and one build serves every torch
 // version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../csrc/kdkernels.h"
 
@@ -48,6 +52,115 @@ KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t inpu
   return params;
 }
 
+LogitLossParams logit_loss_params(
+    int dtype, int64_t rows, int64_t classes, int64_t input_stride, int64_t target_stride,
+    int64_t grad_stride, uintptr_t input, uintptr_t target, uintptr_t labels,
+    uintptr_t input_temperature, uintptr_t target_temperature, double input_temperature_value,
+    double target_temperature_value, uintptr_t soft_scale, double soft_scale_value,
+    uintptr_t row_scale, double scale, uintptr_t mask, int divergence, double first, double second,
+    double mix, bool standardize, double hard_weight, double label_smoothing, double z_loss,
+    uintptr_t loss, uintptr_t terms, uintptr_t grad_input, uintptr_t grad_input_temperature) {
+  LogitLossParams params;
+  params.input = address<const void>(input);
+  params.target = address<const void>(target);
+  params.labels = address<const int64_t>(labels);
+  params.input_temperature = address<const void>(input_temperature);
+  params.target_temperature = address<const void>(target_temperature);
+  params.soft_scale = address<const void>(soft_scale);
+  params.row_scale = address<const void>(row_scale);
+  params.mask = address<const uint8_t>(mask);
+  params.loss = address<void>(loss);
+  params.terms = address<void>(terms);
+  params.grad_input = address<void>(grad_input);
+  params.grad_input_temperature = address<void>(grad_input_temperature);
+  params.input_temperature_value = input_temperature_value;
+  params.target_temperature_value = target_temperature_value;
+  params.soft_scale_value = soft_scale_value;
+  params.scale = scale;
+  params.first = first;
+  params.second = second;
+  params.mix = mix;
+  params.hard_weight = hard_weight;
+  params.label_smoothing = label_smoothing;
+  params.z_loss = z_loss;
+  params.rows = rows;
+  params.classes = classes;
+  params.input_stride = input_stride;
+  params.target_stride = target_stride;
+  params.grad_stride = grad_stride;
+  params.divergence = static_cast<Divergence>(divergence);
+  params.standardize = standardize;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
+TopkKlDivParams topk_kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t k,
+                                   int64_t input_stride, int64_t grad_stride, uintptr_t input,
+                                   uintptr_t log_probs, uintptr_t indices,
+                                   uintptr_t input_temperature, double input_temperature_value,
+                                   uintptr_t row_scale, double scale, uintptr_t mask, int tail,
+                                   uintptr_t loss, uintptr_t grad_input, uintptr_t grad_log_probs,
+                                   uintptr_t grad_input_temperature) {
+  TopkKlDivParams params;
+  params.input = address<const void>(input);
+  params.log_probs = address<const void>(log_probs);
+  params.indices = address<const int64_t>(indices);
+  params.input_temperature = address<const void>(input_temperature);
+  params.row_scale = address<const void>(row_scale);
+  params.mask = address<const uint8_t>(mask);
+  params.loss = address<void>(loss);
+  params.grad_input = address<void>(grad_input);
+  params.grad_log_probs = address<void>(grad_log_probs);
+  params.grad_input_temperature = address<void>(grad_input_temperature);
+  params.input_temperature_value = input_temperature_value;
+  params.scale = scale;
+  params.rows = rows;
+  params.classes = classes;
+  params.k = k;
+  params.input_stride = input_stride;
+  params.grad_stride = grad_stride;
+  params.tail = static_cast<Tail>(tail);
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
+using Strides = std::array<int64_t, 2>;
+
+// The vectors have an entry for each teacher.
+MultiTeacherKlDivParams multi_teacher_kl_div_params(
+    int dtype, int64_t rows, int64_t classes, int64_t input_stride, uintptr_t input,
+    const std::vector<uintptr_t>& targets, const std::vector<int64_t>& target_strides,
+    uintptr_t temperature, Strides temperature_strides,
+    const std::vector<double>& temperature_values, uintptr_t weight, Strides weight_strides,
+    const std::vector<double>& weight_values, uintptr_t teacher_mask, Strides teacher_mask_strides,
+    uintptr_t mask, uintptr_t loss, uintptr_t losses, uintptr_t grad_input) {
+  if (targets.size() > kMaxTeachers) throw std::invalid_argument("too many teachers");
+  MultiTeacherKlDivParams params = {};
+  params.input = address<const void>(input);
+  for (size_t k = 0; k < targets.size(); ++k) {
+    params.targets[k] = address<const void>(targets[k]);
+    params.target_strides[k] = target_strides[k];
+    params.temperature_values[k] = temperature_values[k];
+    params.weight_values[k] = weight_values[k];
+  }
+  params.temperature = address<const void>(temperature);
+  params.weight = address<const void>(weight);
+  params.teacher_mask = address<const uint8_t>(teacher_mask);
+  params.mask = address<const uint8_t>(mask);
+  params.loss = address<void>(loss);
+  params.losses = address<void>(losses);
+  params.grad_input = address<void>(grad_input);
+  std::copy_n(temperature_strides.begin(), 2, params.temperature_strides);
+  std::copy_n(weight_strides.begin(), 2, params.weight_strides);
+  std::copy_n(teacher_mask_strides.begin(), 2, params.teacher_mask_strides);
+  params.rows = rows;
+  params.classes = classes;
+  params.teachers = static_cast<int64_t>(targets.size());
+  params.input_stride = input_stride;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
 ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, uintptr_t grad,
                                   uintptr_t scale, int64_t scale_stride) {
   return {address<void>(grad), address<const void>(scale), rows, classes,
@@ -82,9 +195,16 @@ void bind_cuda(py::module_& m, const char* name, Params (*make)(Args...),
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
+  bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
+  bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
+  bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
+  bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);
+  bind_cuda(m, "cuda_multi_teacher_kl_div", multi_teacher_kl_div_params,
+            cuda::multi_teacher_kl_div);
+  bind_cuda(m, "cuda_topk_kl_div", topk_kl_div_params, cuda::topk_kl_div);
   bind_cuda(m, "cuda_scale_rows", scale_rows_params, cuda::scale_rows);
   m.attr("with_cuda") = true;
 #else

@@ -56,8 +56,8 @@ def cuda_on_cpu() -> object:
     def no_stream(tensor: torch.Tensor) -> int:
         return 0
 
-    kd._LAUNCHERS["cuda", "kl_div"] = kd.native_kl_div(module.cuda_kl_div, no_stream)
-    kd._LAUNCHERS["cuda", "scale_rows"] = kd.native_scale_rows(module.cuda_scale_rows, no_stream)
+    for name, launcher_over in kd.NATIVE.items():
+        kd._LAUNCHERS["cuda", name] = launcher_over(getattr(module, f"cuda_{name}"), no_stream)
     kd._DEVICES["cuda"]["cpu"] = ""
     kd._resolve.cache_clear()
     return module

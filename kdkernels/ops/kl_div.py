@@ -23,19 +23,28 @@ row is read once (kdkernels._triton.kl_div says for which sizes that holds on a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.ops.rows import (
+    Temperature,
+    as_matrix,
+    as_vector,
+    check_mask,
+    check_reduction,
+    check_temperature,
+    check_weights,
+    refuse_logits,
+    scale_of_rows,
+    split_temperatures,
+)
 from kdkernels.ops.scale_rows import scale_rows_
 
-Temperature = float | Tensor
-REDUCTIONS = ("none", "sum", "batchmean")
 
 
 def kl_div_reference(
@@ -131,21 +140,6 @@ def _run(with_loss: bool, input: Tensor, *arguments: Any) -> list[Tensor]:
     )
 
 
-def _row_scale(
-    weights: Tensor | None, mask: Tensor | None, reduction: str, rows: int, dtype: torch.dtype
-) -> tuple[Tensor | None, float]:
-    """What each row is multiplied with on its way into the loss: (rows,) values, or one for all."""
-    if mask is None:
-        scale = 1 / max(rows, 1) if reduction == "batchmean" else 1.0
-        return (None, scale) if weights is None else (weights * scale, 1.0)
-    if weights is not None:
-        weights = torch.where(mask, weights, 0)
-    if reduction != "batchmean":
-        return weights, 1.0
-    each = mask.sum().clamp(min=1).to(dtype).reciprocal()
-    return (each.expand(rows).contiguous() if weights is None else weights * each), 1.0
-
-
 class _KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -160,11 +154,11 @@ class _KLDiv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype))
+        row_scale, scale = scale_of_rows(weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype))
         # What the weights' gradient is made of are unscaled losses: then the scaling is left to the backward.
         late_scale = row_scale if needs[4] else None
         arguments = (
-            *_split(input_temperature, target_temperature),
+            *split_temperatures(input_temperature, target_temperature),
             *((None, 1.0) if needs[4] else (row_scale, scale)),
             mask,
         )
@@ -202,7 +196,7 @@ class _KLDiv(torch.autograd.Function):
                 arguments = (*temperatures, *values, row_scale, scale, mask, needs[:4], backend)
                 gradients = _run(False, input, target, *arguments) if any(needs[:4]) else []
             if needs[4]:
-                each, one = _row_scale(None, mask, reduction, rows.shape[0], rows.dtype)
+                each, one = scale_of_rows(None, mask, reduction, rows.shape[0], rows.dtype)
                 of_weights = rows * grad_output * (one if each is None else each)
                 upstream = grad_output * late_scale
         for gradient in gradients:
@@ -216,13 +210,6 @@ class _KLDiv(torch.autograd.Function):
 
 
 NOTHING = (False, False, False, False)
-
-
-def _split(a: Temperature, b: Temperature) -> tuple[Tensor | None, Tensor | None, float, float]:
-    """Two temperatures as the op takes them: tensors or None, then floats."""
-    if isinstance(a, Tensor):
-        return (a, b, 1.0, 1.0) if isinstance(b, Tensor) else (a, None, 1.0, b)
-    return (None, b, a, 1.0) if isinstance(b, Tensor) else (None, None, a, b)
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,25 +290,20 @@ def kl_div(
         and student.dtype == teacher.dtype
         and student.device == teacher.device
     ):
-        _refuse_logits(student, teacher)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        refuse_logits(student, teacher)
+    check_reduction(reduction)
     backend = resolve(backend, student, "student")
     rows = shape[:-1]
     dtype = statistics_dtype(student.dtype)
-    temperature = _temperature(temperature, "temperature", student, dtype)
+    temperature = check_temperature(temperature, "temperature", student, dtype)
     if teacher_temperature is None:
         teacher_temperature = temperature
     else:
-        teacher_temperature = _temperature(teacher_temperature, "teacher_temperature", student, dtype)
+        teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {_kind(mask)}")
-        mask = _over_rows(mask, "mask", student)
+        mask = check_mask(mask, student)
     if weights is not None:
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            raise TypeError(f"weights must be a floating tensor, got {_kind(weights)}")
-        weights = _over_rows(weights, "weights", student).to(dtype)
+        weights = check_weights(weights, student, dtype)
 
     if backend == "reference":
         return kl_div_reference(
@@ -335,12 +317,12 @@ def kl_div(
             reduction=reduction,
         )
 
-    input, target = _matrix(student), _matrix(teacher)
-    input_temperature, target_temperature = _flat(temperature), _flat(teacher_temperature)
+    input, target = as_matrix(student), as_matrix(teacher)
+    input_temperature, target_temperature = as_vector(temperature), as_vector(teacher_temperature)
     if reverse:
         input, target = target, input
         input_temperature, target_temperature = target_temperature, input_temperature
-    weights, mask = _flat(weights), _flat(mask)
+    weights, mask = as_vector(weights), as_vector(mask)
 
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -354,72 +336,12 @@ def kl_div(
             input, target, input_temperature, target_temperature, weights, mask, reduction, backend
         )
     else:
-        row_scale, scale = _row_scale(weights, mask, reduction, input.shape[0], dtype)
-        temperatures = _split(input_temperature, target_temperature)
+        row_scale, scale = scale_of_rows(weights, mask, reduction, input.shape[0], dtype)
+        temperatures = split_temperatures(input_temperature, target_temperature)
         [loss] = _run(True, input, target, *temperatures, row_scale, scale, mask, NOTHING, backend)
         if reduction != "none":
             loss = loss.sum()
     return loss.view(rows) if reduction == "none" else loss
-
-
-def _refuse_logits(student: Any, teacher: Any) -> NoReturn:
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student must be a tensor of logits, got {_kind(student)}")
-    if not isinstance(teacher, Tensor):
-        raise TypeError(f"teacher must be a tensor of logits, got {_kind(teacher)}")
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
-        )
-    if teacher.dtype != student.dtype:
-        raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
-    raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
-
-
-def _temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
-    if not isinstance(value, Tensor):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a float or a tensor, got {_kind(value)}") from None
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-        return number
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a float or a floating tensor, got {_kind(value)}")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = value.detach()[~((value > 0) & (value < math.inf))]
-        if bad.numel():
-            raise ValueError(f"{name} must be positive and finite, got {bad[0].item()}")
-    return _over_rows(value, name, student).to(dtype)
-
-
-def _over_rows(value: Tensor, name: str, student: Tensor) -> Tensor:
-    """`value` expanded to the student's rows."""
-    rows = student.shape[:-1]
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
-    if value.dim() > len(rows) or any(
-        have not in (1, want) for have, want in zip(reversed(value.shape), reversed(rows))
-    ):
-        raise ValueError(f"{name} must broadcast to the rows {tuple(rows)}, got shape {tuple(value.shape)}")
-    return value.expand(rows)
-
-
-def _kind(value: Any) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
-
-
-def _matrix(logits: Tensor) -> Tensor:  # (..., N) -> (M, N) with classes side by side, a view where it can be
-    if logits.dim() != 2:
-        logits = logits.reshape(-1, logits.shape[-1])
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _flat(value: Any) -> Any:  # rows -> (M,) contiguous; anything that is no tensor as it is
-    return value.reshape(-1).contiguous() if isinstance(value, Tensor) else value
 
 
 class KLDivLoss(nn.Module):
@@ -439,8 +361,7 @@ class KLDivLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_reduction(reduction)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.reverse = reverse

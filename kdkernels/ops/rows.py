@@ -1,0 +1,113 @@
+"""What every loss over rows of logits checks, and how it brings its arguments to (M, N) and (M,)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+Temperature = float | Tensor
+REDUCTIONS = ("none", "sum", "batchmean")
+
+
+def refuse_logits(student: Any, teacher: Any) -> NoReturn:
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student must be a tensor of logits, got {kind_of(student)}")
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher must be a tensor of logits, got {kind_of(teacher)}")
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
+        )
+    if teacher.dtype != student.dtype:
+        raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
+    raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
+    if not isinstance(value, Tensor):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a float or a tensor, got {kind_of(value)}") from None
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+        return number
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float or a floating tensor, got {kind_of(value)}")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = value.detach()[~((value > 0) & (value < math.inf))]
+        if bad.numel():
+            raise ValueError(f"{name} must be positive and finite, got {bad[0].item()}")
+    return over_rows(value, name, student).to(dtype)
+
+
+def check_mask(mask: Any, student: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {kind_of(mask)}")
+    return over_rows(mask, "mask", student)
+
+
+def check_weights(weights: Any, student: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"weights must be a floating tensor, got {kind_of(weights)}")
+    return over_rows(weights, "weights", student).to(dtype)
+
+
+def over_rows(value: Tensor, name: str, student: Tensor) -> Tensor:
+    """`value` expanded to the student's rows."""
+    rows = student.shape[:-1]
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {value.device}")
+    if value.dim() > len(rows) or any(
+        have not in (1, want) for have, want in zip(reversed(value.shape), reversed(rows))
+    ):
+        raise ValueError(f"{name} must broadcast to the rows {tuple(rows)}, got shape {tuple(value.shape)}")
+    return value.expand(rows)
+
+
+def kind_of(value: Any) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+
+
+def as_matrix(logits: Tensor) -> Tensor:  # (..., N) -> (M, N) with classes side by side, a view where it can be
+    if logits.dim() != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def as_vector(value: Any) -> Any:  # rows -> (M,) contiguous; anything that is no tensor as it is
+    return value.reshape(-1).contiguous() if isinstance(value, Tensor) else value
+
+
+def scale_of_rows(
+    weights: Tensor | None, mask: Tensor | None, reduction: str, rows: int, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """What each row is multiplied with on its way into the loss: (rows,) values, or one for all."""
+    if mask is None:
+        scale = 1 / max(rows, 1) if reduction == "batchmean" else 1.0
+        return (None, scale) if weights is None else (weights * scale, 1.0)
+    if weights is not None:
+        weights = torch.where(mask, weights, 0)
+    if reduction != "batchmean":
+        return weights, 1.0
+    each = mask.sum().clamp(min=1).to(dtype).reciprocal()
+    return (each.expand(rows).contiguous() if weights is None else weights * each), 1.0
+
+
+def split_temperatures(a: Temperature, b: Temperature) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """Two temperatures as the op takes them: tensors or None, then floats."""
+    if isinstance(a, Tensor):
+        return (a, b, 1.0, 1.0) if isinstance(b, Tensor) else (a, None, 1.0, b)
+    return (None, b, a, 1.0) if isinstance(b, Tensor) else (None, None, a, b)
+
+
