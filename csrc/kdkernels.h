@@ -62,7 +62,7 @@ enum class Divergence : int32_t {
 // Rows of a loss from logits: a soft term against the target, hard cross-entropy, z-loss.
 //
 //   P = softmax(target / T_P), Q = softmax(input / T_Q)
-//   soft  = soft_scale D(P, Q)
+//   soft  = soft_scale D(P, Q); of the normalized divergences soft_scale takes the second part only
 //   hard  = hard_weight (lse - (1 - label_smoothing) input_y - label_smoothing mean_j input_j)
 //   z     = z_loss lse^2, with lse = log sum_j e^input_j
 //   loss  = row_scale (soft + hard + z)

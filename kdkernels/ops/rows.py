@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 
 Temperature = float | Tensor
+# The classes that there are: all, the first n, or (start, stop).
+Range = int | tuple[int, int] | None
 REDUCTIONS = ("none", "sum", "batchmean")
 
 
 def refuse_logits(student: Any, teacher: Any) -> NoReturn:
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor of logits, got {kind_of(student)}")
-    if not isinstance(teacher, Tensor):
-        raise TypeError(f"teacher must be a tensor of logits, got {kind_of(teacher)}")
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher must be a tensor of logits, got {kind_of(teacher)}")
+    if teacher.shape[:-1] == student.shape[:-1] and teacher.shape[-1] != student.shape[-1]:
+        raise ValueError(
+            f"teacher has {teacher.shape[-1]} classes and student {student.shape[-1]}: they must be equally many, or "
+            "valid_classes must say which to compare"
+        )
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
@@ -26,6 +33,98 @@ def refuse_logits(student: Any, teacher: Any) -> NoReturn:
     if teacher.dtype != student.dtype:
         raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
     raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+
+
+def check_logits(
+    student: Any, teacher: Any, valid_classes: Range, teacher_valid_classes: Range
+) -> tuple[int, int, int]:
+    """Where the student's and the teacher's valid classes start, and how many they are. The teacher may be None."""
+    if valid_classes is None and teacher_valid_classes is None:
+        if not (
+            isinstance(student, Tensor)
+            and student.dim()
+            and student.shape[-1]
+            and (
+                teacher is None
+                or isinstance(teacher, Tensor)
+                and student.shape == teacher.shape
+                and student.dtype == teacher.dtype
+                and student.device == teacher.device
+            )
+        ):
+            refuse_logits(student, teacher)
+        return 0, 0, student.shape[-1]
+    for name, side in (("student", student), ("teacher", teacher)):
+        if not isinstance(side, Tensor):
+            raise TypeError(f"{name} must be a tensor of logits, got {kind_of(side)}")
+        if side.dim() == 0:
+            raise ValueError(f"{name} must have shape (..., N), got {tuple(side.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1] or student.dtype != teacher.dtype or student.device != teacher.device:
+        refuse_logits(student, teacher)
+    start, stop = check_range(valid_classes, "valid_classes", student.shape[-1])
+    teacher_start, teacher_stop = start, stop
+    if teacher_valid_classes is not None:
+        teacher_start, teacher_stop = check_range(
+            teacher_valid_classes, "teacher_valid_classes", teacher.shape[-1]
+        )
+    elif stop > teacher.shape[-1]:
+        raise ValueError(
+            f"valid_classes ({start}, {stop}) must lie in the teacher's {teacher.shape[-1]} classes too, where "
+            "teacher_valid_classes is not given"
+        )
+    if teacher_stop - teacher_start != stop - start:
+        raise ValueError(
+            f"valid_classes and teacher_valid_classes must be equally long, got ({start}, {stop}) and "
+            f"({teacher_start}, {teacher_stop})"
+        )
+    return start, teacher_start, stop - start
+
+
+def check_range(value: Range, name: str, classes: int) -> tuple[int, int]:
+    """(start, stop) in a row of `classes`."""
+    if value is None:
+        return 0, classes
+    bounds = (0, value) if isinstance(value, int) else value
+    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, int) for x in bounds)):
+        raise TypeError(f"{name} must be a number of classes or (start, stop), got {value!r}")
+    start, stop = bounds
+    if not 0 <= start < stop <= classes:
+        raise ValueError(f"{name} must be a range within the {classes} classes, got {value!r}")
+    return start, stop
+
+
+def check_labels(
+    labels: Any,
+    ignore_index: int,
+    student: Tensor,
+    mask: Tensor | None,
+    start: int,
+    classes: int,
+    *,
+    look: bool,
+) -> tuple[Tensor, Tensor]:
+    """The labels counted from `start`, and which rows they leave in. Values are looked at on the CPU only (a GPU
+    would have to wait, and gives NaN), where `look` says so."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be an integer tensor, got {kind_of(labels)}")
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of the rows {tuple(student.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    if labels.device != student.device:
+        raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
+    counts = labels != ignore_index
+    if look and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = counts & ((labels < start) | (labels >= start + classes))
+        if mask is not None:
+            wrong = wrong & mask
+        if wrong.any():
+            raise ValueError(
+                f"labels must be {ignore_index} (ignore_index) or in [{start}, {start + classes}), "
+                f"got {labels[wrong][0].item()}"
+            )
+    labels = labels.long()
+    return (labels - start if start else labels), counts
 
 
 def check_reduction(reduction: str) -> None:
