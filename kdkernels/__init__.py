@@ -1,7 +1,43 @@
 """kdkernels: fused, exact distillation losses for PyTorch."""
 
 from kdkernels.backend import available_backends
+from kdkernels.ops.distillation_loss import DistillationLoss, distillation_loss, distillation_loss_reference
+from kdkernels.ops.dkd import DKDLoss, dkd, dkd_reference
+from kdkernels.ops.jsd import JSDLoss, jsd, jsd_reference
+from kdkernels.ops.kd_statistics import KDStatistics, kd_statistics
 from kdkernels.ops.kl_div import KLDivLoss, kl_div, kl_div_reference
+from kdkernels.ops.nkd import NKDLoss, nkd, nkd_reference
+from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
+from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
+from kdkernels.ops.tvd import TVDLoss, tvd, tvd_reference
 
 __version__ = "0.1.0"
-__all__ = ["KLDivLoss", "available_backends", "kl_div", "kl_div_reference"]
+__all__ = [
+    "DKDLoss",
+    "DistillationLoss",
+    "JSDLoss",
+    "KDStatistics",
+    "KLDivLoss",
+    "LearnableTemperature",
+    "NKDLoss",
+    "SkewKLDivLoss",
+    "TVDLoss",
+    "available_backends",
+    "cosine_reversal",
+    "distillation_loss",
+    "distillation_loss_reference",
+    "dkd",
+    "dkd_reference",
+    "gradient_reversal",
+    "jsd",
+    "jsd_reference",
+    "kd_statistics",
+    "kl_div",
+    "kl_div_reference",
+    "nkd",
+    "nkd_reference",
+    "skew_kl_div",
+    "skew_kl_div_reference",
+    "tvd",
+    "tvd_reference",
+]

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 # Divergence in csrc/kdkernels.h.
-NONE, KL, REVERSE_KL, MIXTURE, TOTAL_VARIATION, DECOUPLED, REVERSE_DECOUPLED, NORMALIZED, REVERSE_NORMALIZED = range(9)
+(
+    NONE,
+    KL,
+    REVERSE_KL,
+    MIXTURE,
+    TOTAL_VARIATION,
+    DECOUPLED,
+    REVERSE_DECOUPLED,
+    NORMALIZED,
+    REVERSE_NORMALIZED,
+) = range(9)
 STATISTICS = 9
 OF_LABELS = (DECOUPLED, REVERSE_DECOUPLED, NORMALIZED, REVERSE_NORMALIZED)
 SPREAD_EPS = 1e-7  # added to the standard deviation (LSKD, arXiv 2403.01427)
@@ -136,7 +146,9 @@ def decoupled_rows(p_logits: Tensor, q_logits: Tensor, labels: Tensor) -> tuple[
 
     def both(u: Tensor) -> Tensor:
         finite = torch.where(u.isinf(), 0, u)
-        pair = torch.stack((torch.nn.functional.logsigmoid(finite), torch.nn.functional.logsigmoid(-finite)), -1)
+        pair = torch.stack(
+            (torch.nn.functional.logsigmoid(finite), torch.nn.functional.logsigmoid(-finite)), -1
+        )
         certain = torch.stack((torch.where(u > 0, 0, -torch.inf), torch.where(u > 0, -torch.inf, 0)), -1)
         return torch.where(u.isinf()[..., None], certain.to(pair.dtype), pair)
 
@@ -166,15 +178,14 @@ def soft_rows(
     nothing = student.new_zeros(student.shape[:-1])
     if spec.divergence in OF_LABELS:
         assert labels is not None
-        sides = [divided(teacher, teacher_temperature), divided(student, temperature)]
+        p, q = divided(teacher, teacher_temperature), divided(student, temperature)
         if spec.divergence in (REVERSE_DECOUPLED, REVERSE_NORMALIZED):
-            sides.reverse()
-            teacher, student = student, teacher
+            p, q, teacher, student = q, p, student, teacher
         if spec.divergence in (DECOUPLED, REVERSE_DECOUPLED):
-            target, others = decoupled_rows(*sides, labels)
+            target, others = decoupled_rows(p, q, labels)
             first = scale * spec.first * target if spec.first else nothing
             return first + (scale * spec.second * others if spec.second else nothing), first
-        (log_p, _, alone), (log_q, _, _) = (split_off(side, labels) for side in sides)
+        (log_p, _, alone), (log_q, _, _) = split_off(p, labels), split_off(q, labels)
         y = labels[..., None]
         p_y = torch.softmax(teacher, -1).gather(-1, y)[..., 0]
         log_q_y = torch.log_softmax(student, -1).gather(-1, y)[..., 0]
@@ -204,7 +215,11 @@ def hard_rows(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor
 
 
 def statistics_rows(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor, teacher_temperature: float | Tensor, spec: Spec
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    spec: Spec,
 ) -> list[Tensor]:
     """KL(P‖Q), the entropies of P and of Q, Σ min(P, Q), and whether both have the same first maximum."""
     top = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)

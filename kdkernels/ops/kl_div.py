@@ -46,7 +46,6 @@ from kdkernels.ops.rows import (
 from kdkernels.ops.scale_rows import scale_rows_
 
 
-
 def kl_div_reference(
     student: Tensor,  # (..., N)
     teacher: Tensor,  # (..., N)
@@ -154,7 +153,9 @@ class _KLDiv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        row_scale, scale = scale_of_rows(weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype))
+        row_scale, scale = scale_of_rows(
+            weights, mask, reduction, input.shape[0], statistics_dtype(input.dtype)
+        )
         # What the weights' gradient is made of are unscaled losses: then the scaling is left to the backward.
         late_scale = row_scale if needs[4] else None
         arguments = (

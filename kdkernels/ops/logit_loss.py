@@ -146,7 +146,9 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     loss, terms, grad_input, grad_target, grad_temperature, grad_target_temperature = outputs
     rows = input.shape[0]
     if rows:
-        if spec.squared and needs[2] and terms is None:  # T² has a derivative too, and it is made of the terms
+        if (
+            spec.squared and needs[2] and terms is None
+        ):  # T² has a derivative too, and it is made of the terms
             terms = torch.empty(4, rows, dtype=statistics_dtype(input.dtype), device=input.device)
         soft_scale, soft_scale_value = None, spec.soft_weight
         if spec.squared:
@@ -163,17 +165,30 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
         shared = (soft_scale, soft_scale_value, row_scale, scale, mask)
         if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
             options = (*spec[:5], *spec[7:])
-            kernel(input, target, labels, *temperatures, *shared, *options, loss, terms, grad_input, grad_temperature)
+            kernel(
+                input,
+                target,
+                labels,
+                *temperatures,
+                *shared,
+                *options,
+                loss,
+                terms,
+                grad_input,
+                grad_temperature,
+            )
         if grad_target is not None or grad_target_temperature is not None:
-            temperatures = [temperatures[i] for i in (1, 0, 3, 2)]
+            sides = [temperatures[i] for i in (1, 0, 3, 2)]
             exchanged = spec.exchanged()
             options = (*exchanged[:5], *exchanged[7:])
             found = (None, None, grad_target, grad_target_temperature)
-            kernel(target, input, labels, *temperatures, *shared, *options, *found)
+            kernel(target, input, labels, *sides, *shared, *options, *found)
         if spec.squared and grad_temperature is not None:
             assert terms is not None
-            of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
-            grad_temperature.add_(of_square / temperatures[0 if grad_target_temperature is None else 1], alpha=2)
+            of_square = (
+                terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
+            )
+            grad_temperature.add_(of_square / temperatures[0], alpha=2)
     return [output for output in outputs if output is not None]
 
 
@@ -198,10 +213,12 @@ for _name, _with_loss in (("logit_loss_fwd", True), ("logit_loss_bwd", False)):
     torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
 
 
-def _run(with_loss: bool, *arguments: Any) -> list[Tensor]:
+def run_logit_loss(with_loss: bool, *arguments: Any) -> list[Tensor]:
     if unobserved(arguments[0]):
         return _body(with_loss, *arguments)
-    return (torch.ops.kdkernels.logit_loss_fwd if with_loss else torch.ops.kdkernels.logit_loss_bwd)(*arguments)
+    return (torch.ops.kdkernels.logit_loss_fwd if with_loss else torch.ops.kdkernels.logit_loss_bwd)(
+        *arguments
+    )
 
 
 NOTHING = (False, False, False, False)
@@ -241,7 +258,7 @@ class _LogitLoss(torch.autograd.Function):
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
         wanted = NOTHING if compiling else needs[:4]
-        rows, *gradients = _run(True, student, teacher, *arguments, with_terms, wanted, backend)
+        rows, *gradients = run_logit_loss(True, student, teacher, *arguments, with_terms, wanted, backend)
         terms = gradients.pop(0) if with_terms else None
         ctx.gradients = None if compiling else gradients
         ctx.arguments = (*arguments[3:5], scale, spec, ranges, reduction, backend)
@@ -277,8 +294,19 @@ class _LogitLoss(torch.autograd.Function):
             if gradients is None:
                 # The same kernel on the same inputs: bit for bit what the first backward had.
                 scales = (None, 1.0) if needs[4] else (row_scale, scale)
-                arguments = (labels, *temperatures, *values, *scales, mask, *spec, *ranges, False, needs[:4], backend)
-                gradients = _run(False, student, teacher, *arguments) if any(needs[:4]) else []
+                arguments = (
+                    labels,
+                    *temperatures,
+                    *values,
+                    *scales,
+                    mask,
+                    *spec,
+                    *ranges,
+                    False,
+                    needs[:4],
+                    backend,
+                )
+                gradients = run_logit_loss(False, student, teacher, *arguments) if any(needs[:4]) else []
             if needs[4]:
                 each, one = scale_of_rows(None, mask, reduction, rows.shape[0], rows.dtype)
                 of_weights = rows * grad_output * (one if each is None else each)
@@ -313,7 +341,9 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     )
     sources = (student, teacher, *temperatures, weights)
     wanted = [source for source, need in zip(sources, ctx.needs_input_grad) if need]
-    gradients = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True, materialize_grads=True))
+    gradients = iter(
+        torch.autograd.grad(loss, wanted, grad_output, create_graph=True, materialize_grads=True)
+    )
     return (*(next(gradients) if need else None for need in ctx.needs_input_grad[:5]), *[None] * 7)
 
 
@@ -352,7 +382,9 @@ def logit_loss(
     start, teacher_start, classes = ranges
     if labels is not None:
         # The native CPU kernel looks for itself.
-        labels, counts = check_labels(labels, ignore_index, student, mask, start, classes, look=backend != "cpu")
+        labels, counts = check_labels(
+            labels, ignore_index, student, mask, start, classes, look=backend != "cpu"
+        )
         mask = counts if mask is None else mask & counts
     elif spec.divergence in OF_LABELS:
         assert teacher is not None
@@ -399,14 +431,27 @@ def logit_loss(
     else:
         scales = scale_of_rows(weights, mask, reduction, input.shape[0], dtype)
         temperatures = split_temperatures(temperature, teacher_temperature)
-        loss, *rest = _run(
-            True, input, target, labels, *temperatures, *scales, mask, *spec, *ranges, with_terms, NOTHING, backend
+        loss, *rest = run_logit_loss(
+            True,
+            input,
+            target,
+            labels,
+            *temperatures,
+            *scales,
+            mask,
+            *spec,
+            *ranges,
+            with_terms,
+            NOTHING,
+            backend,
         )
         terms = rest[0] if with_terms else None
         if reduction != "none":
-            loss, terms = loss.sum(), None if terms is None else terms.sum(1)
+            loss = loss.sum()
+            terms = None if terms is None else terms.sum(1)
     if reduction == "none":
-        loss, terms = loss.view(shape), None if terms is None else terms.view(4, *shape)
+        loss = loss.view(shape)
+        terms = None if terms is None else terms.view(4, *shape)
     return loss, terms
 
 
@@ -419,7 +464,11 @@ class LogitLoss(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         parameters = inspect.signature(type(self).function).parameters
-        known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in ("mask", "weights")]
+        known = [
+            name
+            for name, p in parameters.items()
+            if p.kind is p.KEYWORD_ONLY and name not in ("mask", "weights")
+        ]
         for name, value in options.items():
             if name not in known:
                 raise TypeError(f"{type(self).__name__} takes {', '.join(known)}; got {name!r}")

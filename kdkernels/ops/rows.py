@@ -21,14 +21,10 @@ def refuse_logits(student: Any, teacher: Any) -> NoReturn:
         raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
     if not isinstance(teacher, Tensor):
         raise TypeError(f"teacher must be a tensor of logits, got {kind_of(teacher)}")
-    if teacher.shape[:-1] == student.shape[:-1] and teacher.shape[-1] != student.shape[-1]:
-        raise ValueError(
-            f"teacher has {teacher.shape[-1]} classes and student {student.shape[-1]}: they must be equally many, or "
-            "valid_classes must say which to compare"
-        )
     if teacher.shape != student.shape:
         raise ValueError(
-            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
+            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)} (where only "
+            "the numbers of classes differ, a loss with valid_classes can be told which to compare)"
         )
     if teacher.dtype != student.dtype:
         raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
@@ -46,10 +42,12 @@ def check_logits(
             and student.shape[-1]
             and (
                 teacher is None
-                or isinstance(teacher, Tensor)
-                and student.shape == teacher.shape
-                and student.dtype == teacher.dtype
-                and student.device == teacher.device
+                or (
+                    isinstance(teacher, Tensor)
+                    and student.shape == teacher.shape
+                    and student.dtype == teacher.dtype
+                    and student.device == teacher.device
+                )
             )
         ):
             refuse_logits(student, teacher)
@@ -59,7 +57,11 @@ def check_logits(
             raise TypeError(f"{name} must be a tensor of logits, got {kind_of(side)}")
         if side.dim() == 0:
             raise ValueError(f"{name} must have shape (..., N), got {tuple(side.shape)}")
-    if student.shape[:-1] != teacher.shape[:-1] or student.dtype != teacher.dtype or student.device != teacher.device:
+    if (
+        student.shape[:-1] != teacher.shape[:-1]
+        or student.dtype != teacher.dtype
+        or student.device != teacher.device
+    ):
         refuse_logits(student, teacher)
     start, stop = check_range(valid_classes, "valid_classes", student.shape[-1])
     teacher_start, teacher_stop = start, stop
@@ -85,7 +87,9 @@ def check_range(value: Range, name: str, classes: int) -> tuple[int, int]:
     if value is None:
         return 0, classes
     bounds = (0, value) if isinstance(value, int) else value
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, int) for x in bounds)):
+    if not (
+        isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, int) for x in bounds)
+    ):
         raise TypeError(f"{name} must be a number of classes or (start, stop), got {value!r}")
     start, stop = bounds
     if not 0 <= start < stop <= classes:
@@ -130,6 +134,13 @@ def check_labels(
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_fraction(value: Any, name: str) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {kind_of(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def check_temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
@@ -178,7 +189,9 @@ def kind_of(value: Any) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
 
 
-def as_matrix(logits: Tensor) -> Tensor:  # (..., N) -> (M, N) with classes side by side, a view where it can be
+def as_matrix(
+    logits: Tensor,
+) -> Tensor:  # (..., N) -> (M, N) with classes side by side, a view where it can be
     if logits.dim() != 2:
         logits = logits.reshape(-1, logits.shape[-1])
     return logits if logits.stride(1) == 1 else logits.contiguous()
@@ -208,5 +221,3 @@ def split_temperatures(a: Temperature, b: Temperature) -> tuple[Tensor | None, T
     if isinstance(a, Tensor):
         return (a, b, 1.0, 1.0) if isinstance(b, Tensor) else (a, None, 1.0, b)
     return (None, b, a, 1.0) if isinstance(b, Tensor) else (None, None, a, b)
-
-
