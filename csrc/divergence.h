@@ -46,31 +46,36 @@ struct LogRatio {
   }
 };
 
-// Its share of a divergence, and the slope a_j.
-template <typename T>
-struct SlopeTerm {
-  T loss;
-  T slope;
-};
-
 // Q_j (slope - mean), where 0 * inf = 0 and an infinite mean gives its one-sided limits.
 template <typename T>
 KDK_INLINE T slope_gradient(T q, T slope, T mean) {
   return kl_target_gradient(q, slope, mean);
 }
 
+// Of each divergence, one class: its share of the loss, and the slope a_j.
+
 // KL(Q||P): the mean of the slopes is the divergence itself.
 template <typename T>
-KDK_INLINE SlopeTerm<T> reverse_kl_term(T p, T q, T delta) {
-  return {kl_term(q, p, -delta).excess, -delta};
+KDK_INLINE T reverse_kl_loss(T p, T q, T delta) {
+  return kl_excess(q, p, -delta);
+}
+
+template <typename T>
+KDK_INLINE T reverse_kl_slope(T delta) {
+  return -delta;
 }
 
 // 1/2 |P - Q|.
 template <typename T>
-KDK_INLINE SlopeTerm<T> total_variation_term(T p, T q, T delta) {
-  const T difference = kl_term(p, q, delta).difference;
-  const T half = difference > T(0) ? T(0.5) : difference < T(0) ? T(-0.5) : T(0);
-  return {difference == difference ? half * difference : difference, half};
+KDK_INLINE T total_variation_loss(T p, T q, T delta) {
+  const T difference = kl_difference(p, q, delta);
+  return T(0.5) * std::fabs(difference);
+}
+
+template <typename T>
+KDK_INLINE T total_variation_slope(T p, T q, T delta) {
+  const T difference = kl_difference(p, q, delta);
+  return select(difference > T(0), T(0.5), select(difference < T(0), T(-0.5), T(0)));
 }
 
 // first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q, from log P/M = -log(1 + (1 - mix)
@@ -78,25 +83,41 @@ KDK_INLINE SlopeTerm<T> total_variation_term(T p, T q, T delta) {
 // - 1)) and log Q/M = -log(1 + mix (e^D - 1)). The slope is first (1 - mix) g + second (log Q/M -
 // mix g) with g = 1 - P/M.
 template <typename T>
-KDK_INLINE SlopeTerm<T> mixture_term(T p, T q, T delta, T mix, T first, T second) {
-  const bool above = delta >= T(0);
-  const T size = above ? delta : -delta;
-  const T rest = T(1) - mix;
-  const T power = exp_of_minus(size);
-  const bool near = size < T(0.5);
-  const T x = near ? size : T(0);
-  const T e = near ? x * x * second_order_ratio(x) - x : power - T(1);  // e^-|D| - 1
-  const T bounded = (above ? rest : mix) * e;
-  const T bounded_log = -log_1_plus(bounded);
-  // The two logarithms differ by D; but by way of D a small mix would lose what is left of it.
-  const T other_log =
-      size < T(80) ? -log_1_plus((above ? mix : rest) * (-e / power)) : bounded_log - size;
-  const T log_p = above ? bounded_log : other_log;  // log P/M
-  const T log_q = above ? other_log : bounded_log;  // log Q/M
-  const T g = (above ? rest : -rest) * e / (T(1) + bounded);
-  const T m = mix * p + rest * q;
-  return {first * kl_term(p, m, log_p).excess + second * kl_term(q, m, log_q).excess,
-          first * rest * g + second * (log_q - mix * g)};
+struct Mixture {
+  T log_p, log_q;  // log P/M, log Q/M
+  T g;
+
+  KDK_INLINE Mixture(T delta, T mix) {
+    const bool above = delta >= T(0);
+    const T size = std::fabs(delta);
+    const T rest = T(1) - mix;
+    const T power = exp_of_minus(size);
+    const bool near = size < T(0.5);
+    const T x = select(near, size, T(0));
+    const T series = x * x * second_order_ratio(x) - x;
+    const T e = select(near, series, power - T(1));  // e^-|D| - 1
+    const T bounded = select(above, rest, mix) * e;
+    const T bounded_log = -log_1_plus(bounded);
+    // The two logarithms differ by D; but by way of D a small mix would lose what is left of it.
+    const T direct = -log_1_plus(select(above, mix, rest) * (-e / power));
+    const T other_log = select(size < T(80), direct, bounded_log - size);
+    log_p = select(above, bounded_log, other_log);
+    log_q = select(above, other_log, bounded_log);
+    g = select(above, rest, -rest) * e / (T(1) + bounded);
+  }
+};
+
+template <typename T>
+KDK_INLINE T mixture_loss(T p, T q, T delta, T mix, T first, T second) {
+  const Mixture<T> mixture(delta, mix);
+  const T m = mix * p + (T(1) - mix) * q;
+  return first * kl_excess(p, m, mixture.log_p) + second * kl_excess(q, m, mixture.log_q);
+}
+
+template <typename T>
+KDK_INLINE T mixture_slope(T delta, T mix, T first, T second) {
+  const Mixture<T> mixture(delta, mix);
+  return first * (T(1) - mix) * mixture.g + second * (mixture.log_q - mix * mixture.g);
 }
 
 // (P_y, 1 - P_y) of the logit u = log P_y / (1 - P_y).

@@ -58,6 +58,24 @@ KDK_INLINE float exp2_above(float x) {
 
 KDK_INLINE double exp2_above(double x) { return std::exp2(x); }
 
+// condition ? a : b, of bits. Where conditions follow from one another GCC makes a condition of
+// conditions out of `?:`, which it cannot vectorise with AVX-512's masks.
+KDK_INLINE float select(bool condition, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));
+#endif
+}
+
+KDK_INLINE double select(bool condition, double a, double b) { return condition ? a : b; }
+
+// 2^x for x <= 0, and 0 where that would underflow.
+KDK_INLINE float exp2_or_zero(float x) { return select(x < -126.0f, 0.0f, exp2_above(x)); }
+
+KDK_INLINE double exp2_or_zero(double x) { return std::exp2(x); }
+
 // e^-x for x >= 0.
 KDK_INLINE float exp_of_minus(float x) {
 #if defined(__CUDA_ARCH__)
@@ -113,8 +131,27 @@ KDK_INLINE double second_order_ratio(double x) {
   return h / 2;
 }
 
-// One class of KL(P||Q): with D = log P - log Q, `excess` = its share of the loss, P (D + e^-D - 1)
-// >= 0, and `difference` = Q - P. Near D = 0 both come from the series, so that neither cancels.
+// One class of KL(P||Q), D = log P - log Q: its share of the loss, P (D + e^-D - 1) >= 0, and the
+// difference Q - P. Near D = 0 both come from the series, so that neither cancels. (Functions of
+// their own, not a struct's members only: a loop over structs is not vectorised.)
+template <typename T>
+KDK_INLINE T kl_excess(T p, T q, T delta) {
+  const bool near = delta < T(0.5) && delta > T(-0.5);
+  const T x = select(near, delta, T(0));  // keeps an infinite delta out of the polynomial
+  const T series = p * (x * x * second_order_ratio(x));
+  // p = 0 contributes q whatever delta is (0 * inf = 0); a NaN reaches the sum through q - p.
+  const T far = p * select(p > T(0), delta, T(0)) + (q - p);
+  return select(near, series, far);
+}
+
+template <typename T>
+KDK_INLINE T kl_difference(T p, T q, T delta) {
+  const bool near = delta < T(0.5) && delta > T(-0.5);
+  const T x = select(near, delta, T(0));
+  const T series = p * (x * x * second_order_ratio(x) - x);
+  return select(near, series, q - p);
+}
+
 template <typename T>
 struct KlTerm {
   T excess;
@@ -123,14 +160,7 @@ struct KlTerm {
 
 template <typename T>
 KDK_INLINE KlTerm<T> kl_term(T p, T q, T delta) {
-  const bool near = delta < T(0.5) && delta > T(-0.5);
-  const T x = near ? delta : T(0);  // keeps an infinite delta out of the polynomial
-  const T e = x * x * second_order_ratio(x);
-  const T far_difference = q - p;
-  // p = 0 contributes q whatever delta is (0 * inf = 0); a NaN reaches the sum through
-  // far_difference.
-  const T far_excess = (p > T(0) ? p * delta : T(0)) + far_difference;
-  return {near ? p * e : far_excess, near ? p * (e - x) : far_difference};
+  return {kl_excess(p, q, delta), kl_difference(p, q, delta)};
 }
 
 // dKL/d(target_j / T_P) = P (D - loss), where 0 * inf = 0 and an infinite loss gives its one-sided
@@ -138,8 +168,8 @@ KDK_INLINE KlTerm<T> kl_term(T p, T q, T delta) {
 template <typename T>
 KDK_INLINE T kl_target_gradient(T p, T delta, T loss) {
   const T infinity = static_cast<T>(INFINITY);
-  const T slope = delta == infinity ? infinity : delta - loss;
-  return p > T(0) || p != p ? p * slope : T(0);
+  const T slope = select(delta == infinity, infinity, delta - loss);
+  return select(p == T(0), T(0), p * slope);
 }
 
 }  // namespace kdkernels
