@@ -63,16 +63,28 @@ KDK_INLINE const S* without(const Chosen& chosen, const S* x, int64_t n, int64_t
   return copy;
 }
 
+// log2(e) / T, in two parts: the teacher's log-probabilities know T exactly.
+template <typename S>
+struct Factor {
+  explicit Factor(double x)
+      : value(x), high(static_cast<S>(x)), low(static_cast<S>(x - static_cast<double>(high))) {}
+  double value;
+  S high, low;
+};
+
 // 2^((x - max) factor) of a block; x = -inf and what underflows give 0. The sum is returned.
 template <typename S>
-KDK_INLINE S exponentials(const S* x, int64_t n, S max, S factor, S* e) {
-  // Where all is -inf yet, so that -inf - max is not NaN.
-  const S from = max == -std::numeric_limits<S>::infinity() ? S(0) : max;
+KDK_INLINE S exponentials(const S* x, int64_t n, S max, const Factor<S>& factor, S* e) {
+  constexpr S kLowest = std::numeric_limits<S>::lowest();
+  const S high = factor.high, low = factor.low;
+  const S from = max > kLowest ? max : kLowest;  // where all is -inf yet
   S sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const S y = (x[j] - from) * factor;
-    e[j] = y < S(-126) && sizeof(S) == 4 ? S(0) : exp2_above(y);
+    const S raw = x[j] - from;
+    const S d = kLowest > raw ? kLowest : raw;  // -inf low may be NaN; NaN stays
+    const S y = d * high + d * low;
+    e[j] = y < S(-126) && sizeof(S) == 4 ? S(0) : exp2_unbiased(y);
     sum += e[j];
   }
   return sum;
@@ -89,8 +101,9 @@ struct Rest {
 // The exponentials of each block go to gradient + begin, where that has the type; their max to
 // `maxima`.
 template <typename T, typename S>
-KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen, S factor,
-                         bool wants_moment, T* gradient, std::vector<S>& maxima) {
+KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
+                         const Factor<S>& factor, bool wants_moment, T* gradient,
+                         std::vector<S>& maxima) {
   Rest<S> rest;
   S copy[kBlock], buffer[kBlock];
   for_each_block(input, classes, [&](const S* raw, int64_t n, int64_t begin) KDK_INLINED {
@@ -100,7 +113,7 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen, 
     for (int64_t j = 0; j < n; ++j) max = x[j] > max ? x[j] : max;
     if (max > rest.max) {
       if (rest.sum != 0) {
-        const double rescale = std::exp2((static_cast<double>(rest.max) - max) * factor);
+        const double rescale = std::exp2((static_cast<double>(rest.max) - max) * factor.value);
         rest.moment = rescale * (rest.moment + (static_cast<double>(rest.max) - max) * rest.sum);
         rest.sum *= rescale;
       }
@@ -121,15 +134,16 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen, 
 
 // scale R_j into the gradient of the classes outside I; those of I are the caller's.
 template <typename T, typename S>
-KDK_INLINE void spread(const T* input, int64_t classes, const Rest<S>& rest, S factor, double scale,
-                       const std::vector<S>& maxima, T* gradient) {
+KDK_INLINE void spread(const T* input, int64_t classes, const Rest<S>& rest,
+                       const Factor<S>& factor, double scale, const std::vector<S>& maxima,
+                       T* gradient) {
   const double each = rest.sum > 0 || rest.sum != rest.sum ? scale / rest.sum : 0;
   S buffer[kBlock];
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
     const S max = maxima[begin / kBlock];
     const double rescale =
-        max == rest.max ? 1.0 : std::exp2((static_cast<double>(max) - rest.max) * factor);
+        max == rest.max ? 1.0 : std::exp2((static_cast<double>(max) - rest.max) * factor.value);
     const S a = static_cast<S>(each * rescale);
     S* block = block_of(gradient + begin, buffer);
     if constexpr (!std::is_same<T, S>::value) {
@@ -205,7 +219,7 @@ KDK_INLINE int64_t topk_rows(const TopkKlDivParams& params, int64_t begin_row, i
     const double inverse =
         1 / (temperature ? double(temperature[r]) : params.input_temperature_value);
     const double scale = row_scale ? double(row_scale[r]) : params.scale;
-    const S factor = static_cast<S>(inverse * kLog2E);
+    const Factor<S> factor(inverse * kLog2E);
 
     Rest<S> rest;
     if (!renormalized) {
