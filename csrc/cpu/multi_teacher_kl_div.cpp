@@ -99,7 +99,9 @@ struct Student {
   }
 };
 
-// e^z - 1 and z e^z - (e^z - 1), from z / ln 2 as in kl_row.h.
+// e^z - 1 and z e^z - (e^z - 1), for z = x ln 2 as in kl_row.h; the second is z (e^z - 1) - (e^z -
+// 1
+// - z), whose terms are of second order near 0.
 struct Element {
   float minus_1, excess;
 };
@@ -164,11 +166,11 @@ KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, 
   TeacherSums sums;
   float guess = NAN;
   bool good = false;
-  // Until e^(c - c0) has lost no more than a factor of 50 to the guess; the second guess is good.
+  // Until S has lost no more than a factor of 5 to the guess; the second guess is good.
   for (int attempt = 0; attempt < 2 && !student.underflows && !good; ++attempt) {
     if (!sweep(input, target, classes, student, guess, sums, v)) break;
     const double ratio = 1 + sums.E / student.sum;
-    good = !(ratio < 0.02 || ratio > 50);  // NaN is a result too
+    good = !(ratio < 0.2 || ratio > 50);  // NaN is a result too
     if (!good && !(ratio > 1e-5 && ratio < 1e30)) break;
     guess += static_cast<float>(std::log2(ratio));
   }

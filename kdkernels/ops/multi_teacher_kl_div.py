@@ -160,8 +160,8 @@ class _MultiTeacherKLDiv(torch.autograd.Function):
         wanted = (with_terms or needs[2], needs[0] and not compiling)
         arguments = (temperature, temperature_values, weight, weight_values, teacher_mask, mask)
         rows, *others = _run(True, input, targets, *arguments, wanted, backend)
-        losses = others.pop(0) if wanted[0] else None
-        ctx.gradient = others.pop() if wanted[1] else None
+        losses = others[0] if wanted[0] else None
+        ctx.gradient = others[-1] if wanted[1] else None
         ctx.arguments = (temperature_values, weight_values, reduction, backend)
         ctx.save_for_backward(input, temperature, weight, teacher_mask, mask, losses, *targets)
         loss = rows if reduction == "none" else rows.sum()
@@ -211,10 +211,10 @@ class _MultiTeacherKLDiv(torch.autograd.Function):
                     (False, needs[10 + k], needs[1], needs[1]),
                     backend,
                 )
-                if needs[1]:
-                    of_temperatures.append(found.pop() + found.pop())
                 if needs[10 + k]:
-                    [of_targets[k]] = found
+                    of_targets[k] = found[0]
+                if needs[1]:
+                    of_temperatures.append(found[-2] + found[-1])
             of_temperature = torch.stack(of_temperatures) if needs[1] else None
         return (of_input, of_temperature, of_weight, *(None,) * 7, *of_targets)
 
