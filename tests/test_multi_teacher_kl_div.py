@@ -206,6 +206,12 @@ def test_a_list_and_a_tensor_of_teachers_are_one(backend):
     assert all(torch.equal(x, gradients[0]) for x in gradients)
 
 
+def test_many_temperatures_over_many_rows(backend):
+    rows = 70 if backend == "cpu" else 5
+    temperatures = 1 + torch.rand(3, rows, generator=torch.Generator().manual_seed(0))
+    compare(backend, {**values("plain", (rows, 300), torch.float32), "temperatures": temperatures})
+
+
 def test_one_learnable_temperature_for_all(backend):
     arguments = values("plain", (4, 60), torch.float32)
     compare(backend, {**arguments, "temperatures": torch.tensor(2.5)})
