@@ -241,7 +241,7 @@ KDK_INLINE void fast_gradient(const T* input, const T* target, int64_t classes, 
                    float* block =
                        block_of(gradient + begin, kStash && !kAdd ? stash.w + begin : buffer);
                    const float* e = stash.e.data() + begin;
-                   const float* w = stash.w + begin;
+                   const float* w = kStash ? stash.w + begin : nullptr;
 #pragma omp simd
                    for (int64_t j = 0; j < n; ++j) {
                      float value;

@@ -297,7 +297,7 @@ def topk_kl_div(
 
     Args:
         student: (..., N) logits: float32, float16, bfloat16, or float64 (backends reference and cpu). −inf is
-            legal: where P_i > 0 there the row is +inf (but for "renormalize" where every such class is −inf).
+            legal (a masked class): where P_i > 0 there the row is +inf.
         teacher_log_probs: (..., k) with 1 <= k <= N, of any floating dtype. −inf is legal: no mass. Each value
             is differentiated as a variable of its own.
         teacher_indices: (..., k) of any integer dtype: the class of each value, in the student's numbering; no
@@ -316,8 +316,9 @@ def topk_kl_div(
             row that counts the loss is 0.
         valid_classes: n for the first n classes, or (start, stop): the student's other columns are padding, of
             no mass and with a gradient of 0. Indices stay in the student's numbering, and lie inside.
-        check_indices: whether Python looks at the indices. None: on the CPU, where it is cheap; a GPU would
-            have to wait, and gives NaN for a row with an index outside. Backend "cpu" always looks.
+        check_indices: whether Python looks at the indices (in a compiled graph it never does). None: on the
+            CPU, where it is cheap; a GPU would have to wait, and gives NaN for a row with an index outside.
+            Backend "cpu" always looks.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available for the
             student's device and dtype (`available_backends`). A named one is obeyed or raises.
 
