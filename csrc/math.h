@@ -58,6 +58,24 @@ KDK_INLINE float exp2_above(float x) {
 
 KDK_INLINE double exp2_above(double x) { return std::exp2(x); }
 
+// The same with an error of <= 8e-8 whose mean over a row is about 1e-9: for a sum that meets
+// another than its like.
+KDK_INLINE float exp2_unbiased(float x) {
+  const float y = -126.0f > x ? -126.0f : x;
+  const float shifted = y + kRound;
+  const float f = y - (shifted - kRound);
+  float p = 1.53533618e-4f;
+  p = p * f + 1.33988744e-3f;
+  p = p * f + 9.61843736e-3f;
+  p = p * f + 5.55033247e-2f;
+  p = p * f + 2.40226479e-1f;
+  p = p * f + 6.93147203e-1f;
+  p = p * f + 1.0f;
+  return p * power_of_two(shifted);
+}
+
+KDK_INLINE double exp2_unbiased(double x) { return std::exp2(x); }
+
 // condition ? a : b, of bits. Where conditions follow from one another GCC makes a condition of
 // conditions out of `?:`, which it cannot vectorise with AVX-512's masks.
 KDK_INLINE float select(bool condition, float a, float b) {

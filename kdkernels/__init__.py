@@ -6,9 +6,15 @@ from kdkernels.ops.dkd import DKDLoss, dkd, dkd_reference
 from kdkernels.ops.jsd import JSDLoss, jsd, jsd_reference
 from kdkernels.ops.kd_statistics import KDStatistics, kd_statistics
 from kdkernels.ops.kl_div import KLDivLoss, kl_div, kl_div_reference
+from kdkernels.ops.multi_teacher_kl_div import (
+    MultiTeacherKLDivLoss,
+    multi_teacher_kl_div,
+    multi_teacher_kl_div_reference,
+)
 from kdkernels.ops.nkd import NKDLoss, nkd, nkd_reference
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
 from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
+from kdkernels.ops.topk_kl_div import TopKKLDivLoss, topk_kl_div, topk_kl_div_reference
 from kdkernels.ops.tvd import TVDLoss, tvd, tvd_reference
 
 __version__ = "0.1.0"
@@ -19,9 +25,11 @@ __all__ = [
     "KDStatistics",
     "KLDivLoss",
     "LearnableTemperature",
+    "MultiTeacherKLDivLoss",
     "NKDLoss",
     "SkewKLDivLoss",
     "TVDLoss",
+    "TopKKLDivLoss",
     "available_backends",
     "cosine_reversal",
     "distillation_loss",
@@ -34,10 +42,14 @@ __all__ = [
     "kd_statistics",
     "kl_div",
     "kl_div_reference",
+    "multi_teacher_kl_div",
+    "multi_teacher_kl_div_reference",
     "nkd",
     "nkd_reference",
     "skew_kl_div",
     "skew_kl_div_reference",
+    "topk_kl_div",
+    "topk_kl_div_reference",
     "tvd",
     "tvd_reference",
 ]

@@ -28,9 +28,10 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
   const bool stashed = params.grad_input != nullptr && params.rows >= 32 * kStashRows;
   Stash stash;
   stash.shift.resize(classes / kBlock + 1);
+  std::vector<float> w_row;
   if (stashed) {
     stash.e.resize(classes);
-    stash.w.resize(sizeof(T) == sizeof(float) ? 0 : classes);
+    w_row.resize(sizeof(T) == sizeof(float) ? 0 : classes);
   }
 
   for (int64_t r = begin_row; r < end_row; ++r) {
@@ -61,7 +62,8 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
       FastSums sums;
       const auto run = [&](auto with_stash) KDK_INLINED {
         constexpr bool kStash = decltype(with_stash)::value;
-        if (!fast_sweeps<kStash>(input, target, classes, grad_input, fast, sums, stash)) {
+        if (kStash) stash.w = block_of(grad_input, w_row.data());
+        if (!fast_sweeps<kStash>(input, target, classes, fast, sums, stash)) {
           found = plain_sweep(input, target, classes, input_factor, target_factor);
           return;
         }

@@ -78,11 +78,21 @@ KDK_INLINE Sweep<S> plain_sweep(const T* input, const T* target, int64_t classes
 }
 
 // Where the fast sweep leaves e_j and w_j = e_j (e^-x_j - 1) for the gradient, and the shift of
-// each block. A float32 gradient holds w itself: the fewer lines a row touches, the longer it stays
-// in the inner caches.
+// each block. A float32 gradient may hold w itself: the fewer lines a row touches, the longer it
+// stays in the inner caches.
 struct Stash {
-  std::vector<float> e, w, shift;
+  std::vector<float> e, shift;
+  float* w = nullptr;
 };
+
+// (2^f - 1 - f ln 2) / f^2 for |f| <= 0.5: relative error <= 1.3e-7 (least-maximum fit).
+KDK_INLINE float second_order_base2(float f) {
+  float h = 1.54172785e-4f;
+  h = h * f + 1.33812503e-3f;
+  h = h * f + 9.61817220e-3f;
+  h = h * f + 5.55038111e-2f;
+  return h * f + 2.40226505e-1f;
+}
 
 // One element of the file's opening comment, in base 2: with -x / ln 2 = k + f and 2^f = 1 + f ln 2
 // + u,
@@ -102,12 +112,7 @@ struct FastRow {
     const float shifted = x + kRound;
     const float k = shifted - kRound;
     const float f = x - k;
-    // u / f^2 for |f| <= 0.5: relative error <= 1.3e-7 (least-maximum fit).
-    float h = 1.54172785e-4f;
-    h = h * f + 1.33812503e-3f;
-    h = h * f + 9.61817220e-3f;
-    h = h * f + 5.55038111e-2f;
-    h = h * f + 2.40226505e-1f;
+    const float h = second_order_base2(f);
     const float power = power_of_two(shifted);
     const float g = f * kTwo;
     const float rest = power * (h * f * f) + (power - 1.0f) * (1.0f + g);
@@ -129,68 +134,68 @@ struct FastSums {
 // these are off by no more than the noise near convergence. False where the row must go the plain
 // way.
 template <bool kStash, typename T>
-KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, T* gradient,
-                           FastRow& fast, FastSums& sums, Stash& stash) {
+KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, FastRow& fast,
+                           FastSums& sums, Stash& stash) {
   sums = {0, 0, 0, -INFINITY, -INFINITY};
   fast.target_shift = 0;
   float least = 1, largest = 0;
-  for_each_block(
-      input, target, classes,
-      [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
-        float s_max = -INFINITY, t_max = -INFINITY;
+  for_each_block(input, target, classes,
+                 [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
+                   float s_max = -INFINITY, t_max = -INFINITY;
 #pragma omp simd reduction(max : s_max, t_max)
-        for (int64_t j = 0; j < n; ++j) {
-          s_max = s[j] > s_max ? s[j] : s_max;
-          t_max = t[j] > t_max ? t[j] : t_max;
-        }
-        sums.input_max = s_max > sums.input_max ? s_max : sums.input_max;
-        if (t_max > sums.target_max) {
-          const float next = t_max * fast.target_factor;
-          if (begin != 0) {
-            const double rescale = std::exp2(static_cast<double>(fast.target_shift) - next);
-            sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;
-          }
-          sums.target_max = t_max;
-          fast.target_shift = next;
-        }
-        if (begin == 0 && std::isnan(fast.guess)) {
-          fast.guess = (t_max - s_max) * fast.input_factor +
-                       t_max * (fast.target_factor - fast.input_factor);
-        }
-        float* e_out = kStash ? stash.e.data() + begin : nullptr;
-        float* w_out = kStash ? block_of(gradient + begin, stash.w.data() + begin) : nullptr;
-        stash.shift[begin / kBlock] = fast.target_shift;
-        const FastRow row = fast;
-        float sum = 0, excess = 0, difference = 0;
+                   for (int64_t j = 0; j < n; ++j) {
+                     s_max = s[j] > s_max ? s[j] : s_max;
+                     t_max = t[j] > t_max ? t[j] : t_max;
+                   }
+                   sums.input_max = s_max > sums.input_max ? s_max : sums.input_max;
+                   if (t_max > sums.target_max) {
+                     const float next = t_max * fast.target_factor;
+                     if (begin != 0) {
+                       const double rescale =
+                           std::exp2(static_cast<double>(fast.target_shift) - next);
+                       sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;
+                     }
+                     sums.target_max = t_max;
+                     fast.target_shift = next;
+                   }
+                   if (begin == 0 && std::isnan(fast.guess)) {
+                     fast.guess = (t_max - s_max) * fast.input_factor +
+                                  t_max * (fast.target_factor - fast.input_factor);
+                   }
+                   float* e_out = kStash ? stash.e.data() + begin : nullptr;
+                   float* w_out = kStash ? stash.w + begin : nullptr;
+                   stash.shift[begin / kBlock] = fast.target_shift;
+                   const FastRow row = fast;
+                   float sum = 0, excess = 0, difference = 0;
 #pragma omp simd reduction(+ : sum, excess, difference) reduction(min : least) \
     reduction(max : largest)
-        for (int64_t j = 0; j < n; ++j) {
-          const auto element = row.element(s[j], t[j]);
-          const float size = std::fabs(element.x);
-          least = element.e < least ? element.e : least;
-          largest = size > largest ? size : largest;
-          const float w = element.e * element.minus_1;
-          sum += element.e;
-          excess += element.e * element.excess;
-          difference += w;
-          if (kStash) {
-            e_out[j] = element.e;
-            w_out[j] = w;
-          }
-        }
-        sums.S += sum, sums.A += excess, sums.B += difference;
-      });
+                   for (int64_t j = 0; j < n; ++j) {
+                     const auto element = row.element(s[j], t[j]);
+                     const float size = std::fabs(element.x);
+                     least = element.e < least ? element.e : least;
+                     largest = size > largest ? size : largest;
+                     const float w = element.e * element.minus_1;
+                     sum += element.e;
+                     excess += element.e * element.excess;
+                     difference += w;
+                     if (kStash) {
+                       e_out[j] = element.e;
+                       w_out[j] = w;
+                     }
+                   }
+                   sums.S += sum, sums.A += excess, sums.B += difference;
+                 });
   // 2^100 leaves room below the largest float for the sum of a row.
   return least > kLeastExp2 && largest < 100.0f;
 }
 
 // The same until e^y has lost no more than a factor of 50 to the guess; the second guess is good.
 template <bool kStash, typename T>
-KDK_INLINE bool fast_sweeps(const T* input, const T* target, int64_t classes, T* gradient,
-                            FastRow& fast, FastSums& sums, Stash& stash) {
+KDK_INLINE bool fast_sweeps(const T* input, const T* target, int64_t classes, FastRow& fast,
+                            FastSums& sums, Stash& stash) {
   fast.guess = NAN;
   for (int attempt = 0; attempt < 2; ++attempt) {
-    if (!fast_sweep<kStash>(input, target, classes, gradient, fast, sums, stash)) return false;
+    if (!fast_sweep<kStash>(input, target, classes, fast, sums, stash)) return false;
     const double exp_y = sums.exp_y();
     if (!(exp_y < 0.02 || exp_y > 50)) return true;  // NaN is a result too
     if (!(exp_y > 1e-5 && exp_y < 1e30)) return false;
@@ -216,9 +221,10 @@ inline Sweep<float> sweep_of(const FastRow& fast, const FastSums& sums) {
 }
 
 // scale (Q - P) after a fast sweep: w and e each times one factor, from the stash or made again.
-template <bool kStash, typename T>
+// With kAdd the gradient grows by it.
+template <bool kStash, bool kAdd = false, typename T, typename G>
 KDK_INLINE void fast_gradient(const T* input, const T* target, int64_t classes, const FastRow& fast,
-                              const FastSums& sums, double scale, Stash& stash, T* gradient) {
+                              const FastSums& sums, double scale, const Stash& stash, G* gradient) {
   const double of_w = scale / (sums.S * sums.exp_y());
   const double of_e = of_w * (sums.B / sums.S);
   float buffer[kBlock];
@@ -233,17 +239,20 @@ KDK_INLINE void fast_gradient(const T* input, const T* target, int64_t classes, 
                    const auto a = static_cast<float>(of_w * rescale);
                    const auto b = static_cast<float>(of_e * rescale);
                    float* block =
-                       block_of(gradient + begin, kStash ? stash.w.data() + begin : buffer);
+                       block_of(gradient + begin, kStash && !kAdd ? stash.w + begin : buffer);
                    const float* e = stash.e.data() + begin;
+                   const float* w = kStash ? stash.w + begin : nullptr;
 #pragma omp simd
                    for (int64_t j = 0; j < n; ++j) {
+                     float value;
                      if (kStash) {
-                       block[j] = a * block[j] - b * e[j];
+                       value = a * w[j] - b * e[j];
                      } else {
                        const auto element = row.element(s[j], t[j]);
-                       const float w = element.e * element.minus_1;
-                       block[j] = a * w - b * element.e;
+                       const float w_j = element.e * element.minus_1;
+                       value = a * w_j - b * element.e;
                      }
+                     block[j] = kAdd ? block[j] + value : value;
                    }
                    narrow_block(block, n, gradient + begin);
                  });

@@ -39,6 +39,7 @@ from kdkernels.ops.rows import (
     check_reduction,
     check_temperature,
     check_weights,
+    reduce_rows,
     refuse_logits,
     scale_of_rows,
     split_temperatures,
@@ -79,16 +80,7 @@ def kl_div_reference(
     near = delta.abs() < 1
     difference = torch.where(near & (p > 0), p * torch.expm1(-torch.where(near, delta, 0)), q - p)
     rows = (p * delta + difference).sum(-1)
-    if mask is not None:
-        rows = torch.where(mask, rows, 0)
-        weights = None if weights is None else torch.where(mask, weights, 0)
-    if weights is not None:
-        rows = rows * weights
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.expand(rows.shape).sum().clamp(min=1))
+    return reduce_rows(rows, mask, weights, reduction)
 
 
 _INPUTS = (
@@ -131,7 +123,7 @@ for _name, _with_loss in (("kl_div_fwd", True), ("kl_div_bwd", False)):
     torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
 
 
-def _run(with_loss: bool, input: Tensor, *arguments: Any) -> list[Tensor]:
+def run_kl_div(with_loss: bool, input: Tensor, *arguments: Any) -> list[Tensor]:
     if unobserved(input):
         return _body(with_loss, input, *arguments)
     return (torch.ops.kdkernels.kl_div_fwd if with_loss else torch.ops.kdkernels.kl_div_bwd)(
@@ -165,7 +157,7 @@ class _KLDiv(torch.autograd.Function):
         )
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
-        rows, *gradients = _run(True, input, target, *arguments, NOTHING if compiling else needs[:4], backend)
+        rows, *gradients = run_kl_div(True, input, target, *arguments, NOTHING if compiling else needs[:4], backend)
         ctx.gradients = None if compiling else gradients
         ctx.arguments = (*arguments[2:4], arguments[5], reduction, backend)
         ctx.save_for_backward(
@@ -195,7 +187,7 @@ class _KLDiv(torch.autograd.Function):
             if gradients is None:
                 # The same kernel on the same inputs: bit for bit what the first backward had.
                 arguments = (*temperatures, *values, row_scale, scale, mask, needs[:4], backend)
-                gradients = _run(False, input, target, *arguments) if any(needs[:4]) else []
+                gradients = run_kl_div(False, input, target, *arguments) if any(needs[:4]) else []
             if needs[4]:
                 each, one = scale_of_rows(None, mask, reduction, rows.shape[0], rows.dtype)
                 of_weights = rows * grad_output * (one if each is None else each)
@@ -339,7 +331,7 @@ def kl_div(
     else:
         row_scale, scale = scale_of_rows(weights, mask, reduction, input.shape[0], dtype)
         temperatures = split_temperatures(input_temperature, target_temperature)
-        [loss] = _run(True, input, target, *temperatures, row_scale, scale, mask, NOTHING, backend)
+        [loss] = run_kl_div(True, input, target, *temperatures, row_scale, scale, mask, NOTHING, backend)
         if reduction != "none":
             loss = loss.sum()
     return loss.view(rows) if reduction == "none" else loss

@@ -14,21 +14,25 @@ Range = int | tuple[int, int] | None
 REDUCTIONS = ("none", "sum", "batchmean")
 
 
-def refuse_logits(student: Any, teacher: Any) -> NoReturn:
+def check_student(student: Any) -> None:
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor of logits, got {kind_of(student)}")
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student must have shape (..., N) with N >= 1 classes, got {tuple(student.shape)}")
+
+
+def refuse_logits(student: Any, teacher: Any, name: str = "teacher") -> NoReturn:
+    check_student(student)
     if not isinstance(teacher, Tensor):
-        raise TypeError(f"teacher must be a tensor of logits, got {kind_of(teacher)}")
+        raise TypeError(f"{name} must be a tensor of logits, got {kind_of(teacher)}")
     if teacher.shape != student.shape:
         raise ValueError(
-            f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)} (where only "
+            f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)} (where only "
             "the numbers of classes differ, a loss with valid_classes can be told which to compare)"
         )
     if teacher.dtype != student.dtype:
-        raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {teacher.dtype}")
-    raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+        raise TypeError(f"{name} must have the student's dtype {student.dtype}, got {teacher.dtype}")
+    raise ValueError(f"{name} must be on the student's device {student.device}, got {teacher.device}")
 
 
 def check_logits(
@@ -152,13 +156,17 @@ def check_temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
         return number
+    check_temperature_tensor(value, name)
+    return over_rows(value, name, student).to(dtype)
+
+
+def check_temperature_tensor(value: Tensor, name: str) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a float or a floating tensor, got {kind_of(value)}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = value.detach()[~((value > 0) & (value < math.inf))]
         if bad.numel():
             raise ValueError(f"{name} must be positive and finite, got {bad[0].item()}")
-    return over_rows(value, name, student).to(dtype)
 
 
 def check_mask(mask: Any, student: Tensor) -> Tensor:
@@ -167,10 +175,10 @@ def check_mask(mask: Any, student: Tensor) -> Tensor:
     return over_rows(mask, "mask", student)
 
 
-def check_weights(weights: Any, student: Tensor, dtype: torch.dtype) -> Tensor:
+def check_weights(weights: Any, student: Tensor, dtype: torch.dtype, name: str = "weights") -> Tensor:
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights must be a floating tensor, got {kind_of(weights)}")
-    return over_rows(weights, "weights", student).to(dtype)
+        raise TypeError(f"{name} must be a floating tensor, got {kind_of(weights)}")
+    return over_rows(weights, name, student).to(dtype)
 
 
 def over_rows(value: Tensor, name: str, student: Tensor) -> Tensor:
@@ -214,6 +222,22 @@ def scale_of_rows(
         return weights, 1.0
     each = mask.sum().clamp(min=1).to(dtype).reciprocal()
     return (each.expand(rows).contiguous() if weights is None else weights * each), 1.0
+
+
+def reduce_rows(
+    rows: Tensor, mask: Tensor | None, weights: Tensor | None, reduction: str
+) -> Tensor:
+    """What a reference makes of its rows' losses."""
+    if mask is not None:
+        rows = torch.where(mask, rows, 0)
+        weights = None if weights is None else torch.where(mask, weights, 0)
+    if weights is not None:
+        rows = rows * weights
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.expand(rows.shape).sum().clamp(min=1))
 
 
 def split_temperatures(a: Temperature, b: Temperature) -> tuple[Tensor | None, Tensor | None, float, float]:
