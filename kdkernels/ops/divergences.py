@@ -73,7 +73,8 @@ def standardized(logits: Tensor) -> Tensor:  # (..., N)
     constant = variance == 0
     spread = torch.where(constant, 1, variance).sqrt()
     z = torch.where(constant, 0, z / (spread + SPREAD_EPS))
-    return torch.where(live, z, -torch.inf)
+    masked = torch.where(constant, logits.detach(), logits) / (spread.detach() + SPREAD_EPS)
+    return torch.where(live, z, torch.where(live, 0, masked))
 
 
 def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -85,8 +86,8 @@ def divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / T; −inf stays, and has no part in the temperature's gradient."""
     if not isinstance(temperature, Tensor):
         return logits / temperature
-    live = logits != -torch.inf
-    return torch.where(live, torch.where(live, logits, 0) / temperature[..., None], -torch.inf)
+    live, temperature = logits != -torch.inf, temperature[..., None]
+    return torch.where(live, logits, 0) / temperature + torch.where(live, 0, logits) / temperature.detach()
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -123,8 +124,9 @@ def weighted(weight: float, rows: Tensor) -> Tensor:
 def total_variation_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |P − Q|, with derivative 0 where the two are equal."""
     p, q = log_p.exp(), log_q.exp()
-    delta = torch.where((p > 0) & (q > 0), log_p - log_q, torch.inf)
-    near = delta.abs() < 1
+    both = (p > 0) & (q > 0)
+    delta = torch.where(both, log_p - log_q, 0)
+    near = both & (delta.abs() < 1)
     difference = torch.where(near, p * torch.expm1(-torch.where(near, delta, 0)), q - p)
     return 0.5 * difference.abs().sum(-1)
 
@@ -136,24 +138,17 @@ def split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]: 
     others = logits.scatter(-1, labels[..., None], -torch.inf)
     alone = (others == -torch.inf).all(-1)
     others = torch.where(alone[..., None], 0, others)
-    lse = torch.logsumexp(others, -1)
-    log_others = torch.where(others > -torch.inf, others - lse[..., None], -torch.inf)
-    log_others = torch.where(alone[..., None], -torch.inf, log_others)
+    log_others = torch.where(alone[..., None], -torch.inf, torch.log_softmax(others, -1))
     target = torch.where(target == torch.inf, torch.nan, target)
-    return log_others, torch.where(alone, torch.inf, target - lse), alone
+    return log_others, torch.where(alone, torch.inf, target - torch.logsumexp(others, -1)), alone
 
 
 def decoupled_rows(p_logits: Tensor, q_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """KL of the target class against all others, and KL among the others (DKD, arXiv 2203.08679)."""
     (log_p, u_p, alone_p), (log_q, u_q, alone_q) = split_off(p_logits, labels), split_off(q_logits, labels)
 
-    def both(u: Tensor) -> Tensor:
-        finite = torch.where(u.isinf(), 0, u)
-        pair = torch.stack(
-            (torch.nn.functional.logsigmoid(finite), torch.nn.functional.logsigmoid(-finite)), -1
-        )
-        certain = torch.stack((torch.where(u > 0, 0, -torch.inf), torch.where(u > 0, -torch.inf, 0)), -1)
-        return torch.where(u.isinf()[..., None], certain.to(pair.dtype), pair)
+    def both(u: Tensor) -> Tensor:  # log P_y and log (1 - P_y)
+        return torch.stack((torch.nn.functional.logsigmoid(u), torch.nn.functional.logsigmoid(-u)), -1)
 
     target = kl_rows(both(u_p), both(u_q))
     others = torch.where(alone_p | alone_q, 0, kl_rows(log_p, log_q))
