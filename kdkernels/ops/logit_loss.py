@@ -395,7 +395,7 @@ def logit_loss(
     elif spec.divergence in OF_LABELS:
         assert teacher is not None
         labels = teacher.detach().narrow(-1, teacher_start, classes).argmax(-1)
-    if classes == 2 and spec.divergence in OF_LABELS[:2]:
+    if classes == 2 and spec.divergence in OF_LABELS:
         spec = spec._replace(second=0.0)  # one class is no distribution to match
 
     if backend == "reference":
