@@ -240,16 +240,17 @@ def test_textbook(backend, name, standardize):
 def test_every_loss(backend, name):
     arguments = batch(CASES[name], "plain", (4, 37), temperature=2.0)
     check(name, backend, arguments)
-    check(name, backend, {**arguments, "standardize": True, "reduction": "none"})
+    if name in KINDS:
+        check(name, backend, {**arguments, "standardize": True, "reduction": "none"})
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["jsd", "tvd", "nkd", "whole-dkd", "whole-kl"])
 def test_every_dtype(backend_dtype, name):
     backend, dtype = backend_dtype
     check(name, backend, batch(CASES[name], "plain", (3, 41), dtype, temperature=2.0))
 
 
-@pytest.mark.parametrize("regime", ["near", "far", "ties", "uniform"])
+@pytest.mark.parametrize("regime", ["near", "far", "ties"])
 @pytest.mark.parametrize("name", KINDS)
 def test_regimes(backend, name, regime):
     if name == "tvd" and regime == "ties":
@@ -258,9 +259,8 @@ def test_regimes(backend, name, regime):
     check(name, backend, batch(CASES[name], regime, (3, 40)), vacuous=regime in ("near", "far"))
 
 
-@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardized"])
-@pytest.mark.parametrize("name", ["jsd", "skew-reverse", "dkd", "nkd", "whole-kl", "whole-nkd"])
-def test_row_arguments(backend, name, standardize):
+@pytest.mark.parametrize("name", ["skew-reverse", "nkd", "whole-kl", "whole-dkd"])
+def test_row_arguments(backend, name):
     case, shape = CASES[name], (2, 4)
     generator = torch.Generator().manual_seed(3)
     arguments = batch(
@@ -271,16 +271,16 @@ def test_row_arguments(backend, name, standardize):
         teacher_temperature=0.5 + 3 * torch.rand(2, 1, generator=generator),
         mask=torch.tensor([[True, False, True, True], [False, True, True, False]]),
         weights=torch.rand(shape, generator=generator) - 0.3,
-        standardize=standardize,
     )
     if case.takes_labels:
         arguments["labels"][0, 0] = -100
     for reduction in REDUCTIONS:
-        # Of standardized logits, which are small, little hangs on the temperature.
-        check(name, backend, {**arguments, "reduction": reduction}, vacuous=standardize)
+        check(name, backend, {**arguments, "reduction": reduction})
+    # Of standardized logits, which are small, little hangs on the temperature.
+    check(name, backend, {**arguments, "standardize": True}, vacuous=True)
 
 
-@pytest.mark.parametrize("name", ["whole-kl", "whole-dkd", "nkd", "tvd"])
+@pytest.mark.parametrize("name", ["whole-kl", "nkd", "tvd"])
 def test_one_learnable_temperature_for_both(backend, name):
     """Its derivative goes through both sides, and through T² where there is one."""
     check(name, backend, batch(CASES[name], "plain", (4, 60), temperature=torch.tensor(2.5)))
@@ -298,13 +298,13 @@ def test_every_number_of_classes(backend, classes, name):
     arguments["student"][:, -1] += 4  # the last class counts
     if case.takes_labels:
         arguments["labels"] = torch.tensor([classes - 1, classes // 2])
-    check(name, backend, arguments, vacuous=classes == 1)
+    check(name, backend, arguments, vacuous=classes == 1, wanted=("student",))
 
 
 @pytest.mark.parametrize("name", ["dkd", "nkd", "whole-kl"])
 def test_labels_anywhere_in_a_long_row(backend, name):
     """At both ends of what a vector, a warp, a block or a tile may hold."""
-    edges = (0, 8, 32, 128, 256, 512, 1024, 2048, 4096, 8192, 9000)
+    edges = (0, 8, 32, 256, 1024, 4096, 8192, 9000)
     places = sorted({place for edge in edges for place in (edge - 1, edge) if 0 <= place < 9000})
     student, teacher = logits("plain", (1, 9000), torch.float32)
     arguments = {
@@ -314,7 +314,7 @@ def test_labels_anywhere_in_a_long_row(backend, name):
         "temperature": 2.0,
         "reduction": "none",
     }
-    check(name, backend, arguments, vacuous=True)
+    check(name, backend, arguments, vacuous=True, wanted=("student",))
 
 
 def test_two_classes_have_no_other_class(backend):
@@ -334,7 +334,7 @@ def test_two_classes_have_no_other_class(backend):
         assert terms["non_target"] == 0 and terms["target"] > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_one_class(backend, name):
     case = CASES[name]
     if case.function is distillation_loss:
@@ -346,7 +346,7 @@ def test_one_class(backend, name):
         assert all((gradient.abs() < 1e-6).all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("height", [30.0, 100.0, 300.0, 1000.0])
+@pytest.mark.parametrize("height", [30.0, 100.0, 1000.0])
 @pytest.mark.parametrize("name", ["dkd", "nkd"])
 def test_the_label_may_have_all_or_no_mass(backend, name, height):
     """P_y and Q_y near 1 and near 0, together and against each other."""
@@ -386,17 +386,20 @@ def test_the_label_may_have_all_or_no_mass_in_the_textbook_too(backend):
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardized"])
+NEAR = ["jsd", "jsd-0.1", "skew", "skew-reverse", "tvd", "dkd", "nkd", "kl", "whole-reverse_kl"]
+
+
 @pytest.mark.parametrize(
-    "name", ["jsd", "jsd-0.1", "skew", "skew-reverse", "tvd", "dkd", "nkd", "kl", "whole-reverse_kl"]
+    ("name", "standardize"),
+    [*((name, False) for name in NEAR), ("jsd", True), ("tvd", True), ("dkd", True), ("kl", True)],
 )
 def test_near_convergence_is_exact(backend, name, standardize):
     if backend == "reference":
         pytest.skip("the reference differences log-softmaxes; in float64 it is the truth of this test")
     case, classes = CASES[name], 32_000
     generator = torch.Generator().manual_seed(0)
-    teacher = torch.randn(2, classes, generator=generator)
-    student = teacher * (1 + 1e-3 * torch.randn(2, classes, generator=generator))
+    teacher = torch.randn(1, classes, generator=generator)
+    student = teacher * (1 + 1e-3 * torch.randn(1, classes, generator=generator))
     fixed = {"temperature": 2.0, "standardize": standardize}
     if case.function is distillation_loss:
         fixed = {**case.options, **fixed, "hard_weight": 0.0, "z_loss": 0.0}
@@ -428,10 +431,9 @@ def test_near_convergence_is_exact(backend, name, standardize):
 
 
 @pytest.mark.parametrize("name", ["jsd", "jsd-normalized", "skew", "skew-reverse", "tvd", "dkd", "kl"])
-def test_equal_logits_give_exactly_zero(backend_dtype, name):
-    backend, dtype = backend_dtype
+def test_equal_logits_give_exactly_zero(backend, name):
     case = CASES[name]
-    arguments = batch(case, "plain", (3, 333), dtype, temperature=3.0)
+    arguments = batch(case, "plain", (3, 333), temperature=3.0)
     arguments["student"] = arguments["teacher"]
     loss, gradients = run(partial(case, backend=backend), to(device_of(backend), arguments))
     assert loss == 0
@@ -441,8 +443,8 @@ def test_equal_logits_give_exactly_zero(backend_dtype, name):
 def test_properties(backend):
     """What divergences are bounded by, and what leaves them as they are."""
     device = device_of(backend)
-    student, teacher = (x.to(device) for x in logits("plain", (20, 77), torch.float32))
-    labels = labels_of((20,), 77).to(device)
+    student, teacher = (x.to(device) for x in logits("plain", (8, 77), torch.float32))
+    labels = labels_of((8,), 77).to(device)
     order = torch.randperm(77, generator=torch.Generator().manual_seed(0)).to(device)
     back = order.argsort()
     bounds = {"jsd": math.log(2), "skew": math.log(10), "skew-reverse": -math.log(0.3), "tvd": 1.0}
@@ -589,6 +591,8 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
             torch.testing.assert_close(terms[name], expected, rtol=2e-5, atol=2e-5)
             assert not terms[name].requires_grad and terms[name].dtype == torch.float32
         torch.testing.assert_close(terms["soft"] + terms["hard"] + terms["z_loss"], loss.detach())
+        if reduction == "none":
+            continue
         plain = distillation_loss(
             student,
             teacher,
@@ -649,7 +653,7 @@ def test_without_labels(backend):
         assert torch.equal(
             function(student, teacher, backend=backend), function(student, teacher, top, backend=backend)
         )
-    for soft in SOFT:
+    for soft in ("kl", "dkd"):
         options = {"soft": soft, "hard_weight": 0.0, "backend": backend}
         expected = distillation_loss(student, teacher, top, **options)
         assert torch.equal(distillation_loss(student, teacher, **options), expected)
@@ -747,10 +751,9 @@ def with_dead_classes(case: Case, classes: int = 40) -> dict[str, Any]:
     return arguments
 
 
-@pytest.mark.parametrize("name", [*KINDS, "whole-dkd"])
-@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardized"])
-def test_minus_infinity_is_a_class_without_mass(backend, name, standardize):
-    for classes in (40, 700):
+@pytest.mark.parametrize("name", KINDS)
+def test_minus_infinity_is_a_class_without_mass(backend, name):
+    for classes, standardize in ((700, False), (40, True)):
         arguments = with_dead_classes(CASES[name], classes)
         if name == "whole-reverse_kl":
             arguments["student"], arguments["teacher"] = arguments["teacher"], arguments["student"]
@@ -803,19 +806,24 @@ def test_student_without_a_class(backend, name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_nan_in_a_row_that_counts_shows(backend, name):
-    case, device = CASES[name], device_of(backend)
-    for side, bad, place in itertools.product(("student", "teacher"), (math.nan, math.inf), (280, 299)):
-        for more in ({}, {"standardize": True}, {"temperature": torch.full((3,), 2.0)}):
-            arguments = batch(case, "plain", (3, 300), reduction="none", **more)
-            arguments[side][1, place] = bad
-            loss = case(**to(device, arguments), backend=backend)
-            assert torch.isnan(loss[1]) and torch.isfinite(loss[[0, 2]]).all(), (side, bad, more)
+    """NaN as NaN; +inf, which no distribution has, as what is not finite. At the label too."""
+    case = CASES[name]
+    wrong = list(itertools.product((math.nan, math.inf), ("student", "teacher"), (280, 299)))
+    for more in ({}, {"standardize": True}, {"temperature": torch.full((9,), 2.0)}):
+        arguments = batch(case, "plain", (9, 300), reduction="none", **more)
+        if case.takes_labels:
+            arguments["labels"][:] = 299
+        for row, (value, side, place) in enumerate(wrong):
+            arguments[side][row, place] = value
+        loss = case(**to(device_of(backend), arguments), backend=backend)
+        assert torch.isnan(loss[:4]).all() and not torch.isfinite(loss[4:8]).any(), more
+        assert torch.isfinite(loss[8])
 
 
 # Rows that do not count.
 
 
-@pytest.mark.parametrize("name", ["jsd", "tvd", "dkd", "nkd", "whole-kl"])
+@pytest.mark.parametrize("name", ["jsd", "whole-dkd"])
 def test_masked_rows_may_hold_anything(backend_dtype, name):
     backend, dtype = backend_dtype
     case, device = CASES[name], device_of(backend)
@@ -836,7 +844,7 @@ def test_masked_rows_may_hold_anything(backend_dtype, name):
         assert (x[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["dkd", "nkd", "whole-kl", "whole-tvd"])
+@pytest.mark.parametrize("name", ["nkd", "whole-kl"])
 def test_ignored_labels_count_for_nothing(backend, name):
     """Not in the sum, not in the denominator, not in the terms; and a mask adds to them."""
     case, device = CASES[name], device_of(backend)
@@ -916,7 +924,7 @@ def test_one_row_and_no_row_dimension(backend, name):
 @pytest.mark.parametrize(
     "layout", ["columns", "row stride", "transposed", "expanded", "four dimensions", "offset"]
 )
-@pytest.mark.parametrize("name", ["jsd", "whole-dkd"])
+@pytest.mark.parametrize("name", ["whole-dkd"])
 def test_layouts(backend, name, layout):
     case, device = CASES[name], device_of(backend)
     big = {
@@ -947,7 +955,7 @@ def test_layouts(backend, name, layout):
 # Classes that there are.
 
 
-@pytest.mark.parametrize("name", ["jsd", "tvd", "dkd", "nkd", "whole-kl"])
+@pytest.mark.parametrize("name", ["tvd", "nkd", "whole-dkd"])
 @pytest.mark.parametrize(
     ("ours", "theirs", "of_student", "of_teacher"),
     [
@@ -963,35 +971,29 @@ def test_valid_classes(backend, name, ours, theirs, of_student, of_teacher):
     """As if the others were not there, whatever they hold; their gradient is exactly 0."""
     case, device = CASES[name], device_of(backend)
     student, teacher = logits("plain", (4, 80), torch.float32)
-    student, classes = student[:, :64], of_student.stop - of_student.start
-    labels = labels_of((4,), classes)
-    rest = {"labels": labels} if case.takes_labels else {}
-    inside = to(device, {"student": student[:, of_student], "teacher": teacher[:, of_teacher], **rest})
-    for fill in (None, math.nan, math.inf):
-        a = {"student": student.clone(), "teacher": teacher.clone()}
+    a = {"student": student[:, :64].clone(), "teacher": teacher}
+    inside = {"student": a["student"][:, of_student], "teacher": teacher[:, of_teacher]}
+    if case.takes_labels:
+        inside["labels"] = labels_of((4,), of_student.stop - of_student.start)
+        a["labels"] = inside["labels"] + of_student.start
+    inside = to(device, {key: x.clone() for key, x in inside.items()})
+    for side, valid, fill in (("student", of_student, math.nan), ("teacher", of_teacher, math.inf)):
+        a[side][:, : valid.start] = a[side][:, valid.stop :] = fill
+    a = to(device, a)
+    ranges = {"valid_classes": ours, "teacher_valid_classes": theirs}
+    for standardize in (False, True) if ours == (8, 48) else (False,):
+        shared = {"standardize": standardize, "temperature": 2.0, "backend": backend}
+        expected, true_gradients = run(partial(case, **shared), inside)
+        loss, gradients = run(partial(case, **ranges, **shared), a)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         for side, valid in (("student", of_student), ("teacher", of_teacher)):
-            if fill is not None:
-                a[side][:, : valid.start] = a[side][:, valid.stop :] = fill
-        if case.takes_labels:
-            a["labels"] = labels + of_student.start
-        for standardize in (False, True):
-            shared = {"standardize": standardize, "temperature": 2.0, "backend": backend}
-            expected, true_gradients = run(partial(case, **shared), inside)
-            loss, gradients = run(
-                partial(case, valid_classes=ours, teacher_valid_classes=theirs, **shared), to(device, a)
-            )
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-            for side, valid in (("student", of_student), ("teacher", of_teacher)):
-                gradient = gradients[side]
-                torch.testing.assert_close(gradient[:, valid], true_gradients[side], rtol=1e-4, atol=2e-6)
-                assert (gradient[:, : valid.start] == 0).all() and (gradient[:, valid.stop :] == 0).all()
-        if fill is None and "labels" in a and case.function is not distillation_loss:
-            # Labels that are the teacher's largest among its valid classes.
-            shared = {"temperature": 2.0, "backend": backend}
-            expected = case(**{**inside, "labels": inside["teacher"].argmax(-1)}, **shared)
-            del a["labels"]
-            found = case(**to(device, a), valid_classes=ours, teacher_valid_classes=theirs, **shared)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            gradient = gradients[side]
+            torch.testing.assert_close(gradient[:, valid], true_gradients[side], rtol=1e-4, atol=2e-6)
+            assert (gradient[:, : valid.start] == 0).all() and (gradient[:, valid.stop :] == 0).all()
+    if case.function is nkd:  # labels that are the teacher's largest among its valid classes
+        expected = nkd(**{**inside, "labels": inside["teacher"].argmax(-1)}, backend=backend)
+        found = nkd(a["student"], a["teacher"], **ranges, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # Autograd.
@@ -1029,7 +1031,7 @@ WANTED = [
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids="+".join)
-@pytest.mark.parametrize("name", ["whole-nkd", "jsd"])
+@pytest.mark.parametrize("name", ["whole-nkd"])
 def test_gradients_only_where_required(backend, name, wanted):
     case, device = CASES[name], device_of(backend)
     arguments = batch(case, "plain", (3, 40))
@@ -1075,7 +1077,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*KINDS, "whole-dkd", "whole-nkd"])
 def test_gradcheck(backend, name):
     case = CASES[name]
     torch.manual_seed(0)
@@ -1118,7 +1120,7 @@ def test_double_backward(backend, name):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tvd", "skew", "whole-dkd", "nkd"])
+@pytest.mark.parametrize("name", ["tvd", "whole-dkd"])
 def test_deterministic(backend, name):
     case = CASES[name]
     arguments = to(device_of(backend), batch(case, "plain", (3, 5000)))
@@ -1169,8 +1171,9 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-@pytest.mark.parametrize("reduction", ["none", "batchmean"])
-@pytest.mark.parametrize("name", ["whole-dkd", "whole-kl", "jsd"])
+@pytest.mark.parametrize(
+    ("name", "reduction"), [("whole-dkd", "batchmean"), ("whole-kl", "none"), ("jsd", "batchmean")]
+)
 def test_compiles_into_one_graph(backend, name, reduction):
     case = CASES[name]
     values = batch(case, "plain", (6, 50))
@@ -1221,7 +1224,7 @@ def test_inductor_runs_the_op_in_its_graph(backend):
     torch.testing.assert_close(gradients, true_gradients)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["jsd-0.1", "skew-reverse", "tvd", "dkd", "nkd", "whole-skew_kl"])
 def test_modules(backend, name):
     case, device = CASES[name], device_of(backend)
     kinds = {
@@ -1259,8 +1262,9 @@ def test_modules(backend, name):
 # Statistics.
 
 
-@pytest.mark.parametrize("regime", ["plain", "near", "far", "ties"])
-@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardized"])
+@pytest.mark.parametrize(
+    ("regime", "standardize"), [("plain", False), ("far", False), ("ties", False), ("plain", True)]
+)
 def test_statistics(backend, regime, standardize):
     device = device_of(backend)
     student, teacher = logits(regime, (2, 4, 37), torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -62,11 +62,15 @@ def run(
     arguments: dict,
     upstream: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    wanted: Sequence[str] = NAMES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and its gradients by name, of arguments that are cast to `dtype` if given."""
+    """The loss, and its gradients by name where `wanted`, of arguments that are cast to `dtype` if given."""
     arguments = leaves(arguments, dtype)
+    names = [name for name in NAMES if name in wanted and isinstance(arguments.get(name), Tensor)]
+    for name in set(arguments).difference(names):
+        if isinstance(arguments[name], Tensor):
+            arguments[name].requires_grad_(False)
     loss = function(**arguments)
-    names = [name for name in NAMES if isinstance(arguments.get(name), Tensor)]
     gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
     return loss.detach(), dict(zip(names, gradients))
 
@@ -79,8 +83,9 @@ def compare(
     factor: float = 1.0,
     vacuous: bool = False,
     seed: int = 0,
+    wanted: Sequence[str] = NAMES,
 ) -> None:
-    """Loss and all gradients of `backend` against the float64 reference, under a random upstream gradient.
+    """Loss and gradients of `backend` against the float64 reference, under a random upstream gradient.
 
     `factor` is what the loss has for factors: of its parts, and T² where it multiplies by that.
     """
@@ -92,11 +97,13 @@ def compare(
     upstream = upstream.float()  # a number that both dtypes hold
     statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
     specification = partial(function, backend="reference")
-    truth, true_gradients = run(specification, arguments, upstream.double(), torch.float64)
-    reference, reference_gradients = run(specification, arguments, upstream.to(statistics))
+    truth, true_gradients = run(specification, arguments, upstream.double(), torch.float64, wanted)
+    reference, reference_gradients = run(specification, arguments, upstream.to(statistics), None, wanted)
     device = device_of(backend)
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    got, gradients = run(partial(function, backend=backend), moved, upstream.to(statistics).to(device))
+    got, gradients = run(
+        partial(function, backend=backend), moved, upstream.to(statistics).to(device), None, wanted
+    )
 
     def smallest(name: str) -> float:
         t = arguments.get(name)
