@@ -27,11 +27,17 @@ class Mutation(NamedTuple):
 CPU, CUDA, TRITON = "csrc/cpu/kl_div.cpp", "csrc/cuda/kl_div.cu", "kdkernels/_triton/kl_div.py"
 CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
+ROWS, FAMILY, DIVERGENCES = (f"kdkernels/ops/{stem}.py" for stem in ("rows", "logit_loss", "divergences"))
+CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.py"
 
 
 def grid(backend: str, *words: str) -> str:
     chosen = " or ".join(words) or "loss_and_gradients or last_class or masked"
     return f"tests/test_kl_div.py -k '{backend} and ({chosen})'"
+
+
+def family(backend: str, words: str) -> str:
+    return f"tests/test_logit_loss.py -k '{backend} and ({words})'"
 
 
 MUTATIONS = [
@@ -51,7 +57,7 @@ MUTATIONS = [
     Mutation("triton: mask ignored", TRITON, "live = exists & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)", "live = exists", grid("triton")),
     Mutation("triton: zero gradient", TRITON, "difference * grad_scale_q", "difference * 0.0", grid("triton")),
     Mutation("triton: last class skipped", TRITON, "mask=live & (column < classes)", "mask=live & (column < classes - 1)", grid("triton")),
-    Mutation("op: divides by all rows", OP, "each = mask.sum().clamp(min=1)", "each = torch.ones_like(mask).sum()", grid("cpu", "batchmean")),
+    Mutation("op: divides by all rows", ROWS, "each = mask.sum().clamp(min=1)", "each = torch.ones_like(mask).sum()", grid("cpu", "batchmean")),
     Mutation("op: buffer handed out twice", OP, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", grid("cpu", "twice")),
     Mutation("op: reverse ignored", OP, "    if reverse:\n        input, target", "    if False:\n        input, target", grid("cpu", "loss_and")),
     Mutation(
@@ -63,6 +69,42 @@ MUTATIONS = [
     ),
     Mutation("op: gradient of weights missing its factor", OP, "of_weights = rows * grad_output *", "of_weights = rows *", grid("cpu", "row_arguments")),
     Mutation("op: double backward without the upstream gradient", OP, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", grid("cpu", "gradcheck or double")),
+    Mutation("family: soft term without T²", DIVERGENCES, "(temperature**2 if spec.squared else 1.0)", "1.0", family("reference", "textbook")),
+    Mutation("family: std over N", DIVERGENCES, "(count - 1).clamp(min=1)", "count", family("reference", "textbook")),
+    Mutation("family: DKD's factors", DIVERGENCES, "weighted(spec.first, target)", "weighted(spec.second, target)", family("reference", "textbook")),
+    Mutation("family: the mixture's shares", DIVERGENCES, "share * a + (1 - share) * b", "(1 - share) * a + share * b", family("reference", "textbook")),
+    Mutation("family: TV without its half", DIVERGENCES, "0.5 * difference", "difference", family("reference", "textbook")),
+    Mutation("family: TV blind where one side is 0", DIVERGENCES, "near = both & (delta", "near = (p > 0) & (delta", family("reference", "common")),
+    Mutation("family: JSD blind to what is nearly 0", DIVERGENCES, "a, difference = torch.where(alive, a, 0), torch", "a, difference = a, torch", family("reference", "common")),
+    Mutation("family: a constant row that is not zeros", DIVERGENCES, "z = torch.where(constant, 0, z / (spread + SPREAD_EPS))", "z = (z + constant) / (spread + SPREAD_EPS) * logits.sign()", family("reference", "constant or textbook")),
+    Mutation("family: smoothing over masked classes", DIVERGENCES, "/ live.sum(-1)", "/ student.shape[-1]", family("cpu", "minus")),
+    Mutation("family: wrong side's mixture", DIVERGENCES, "first=self.second, second=self.first, mix=1 - self.mix", "first=self.second, second=self.first, mix=self.mix", family("cpu", "every_loss")),
+    Mutation("family: sides not exchanged", DIVERGENCES, "            KL: REVERSE_KL,\n", "", family("cpu", "every_loss")),
+    Mutation("family: the teacher gets the hard term's gradient", DIVERGENCES, "hard_weight=0.0, label_smoothing=0.0, z_loss=0.0)\n        if", "z_loss=0.0)\n        if", family("cpu", "every_loss")),
+    Mutation("family: JSD's ends", "kdkernels/ops/jsd.py", "(1 / (1 - beta), 1 / beta)", "(1 / beta, 1 / (1 - beta))", family("reference", "textbook")),
+    Mutation("family: NKD without its weight", "kdkernels/ops/distillation_loss.py", 'NORMALIZED, rest["soft_weight"]', "NORMALIZED, 1.0", family("reference", "textbook")),
+    Mutation("family: derivative of T² missing", FAMILY, "of_square / temperatures[0], alpha=2", "of_square / temperatures[0], alpha=0", family("cpu", "through_the_square or learnable")),
+    Mutation("family: T² of NKD's target part", FAMILY, "terms[0] - terms[3] if spec", "terms[0] if spec", family("cpu", "learnable")),
+    Mutation("family: T² without its weight", FAMILY, "soft_scale *= spec.soft_weight", "pass", family("cpu", "row_arguments")),
+    Mutation("family: padding keeps what it had", FAMILY, "grad[:, start + classes :].zero_()", "pass", family("cpu", "valid_classes")),
+    Mutation("family: ignore_index counts", FAMILY, "mask = counts if mask is None else mask & counts", "mask = counts if mask is None else mask", family("cpu", "ignored or textbook")),
+    Mutation("family: ignored rows in the denominator", FAMILY, "count = mask.expand(rows).sum().clamp(min=1)", "pass", family("reference", "textbook")),
+    Mutation("family: buffer handed out twice", FAMILY, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", family("cpu", "twice")),
+    Mutation("family: upstream gradient ignored", FAMILY, "upstream, of_weights = grad_output.contiguous(), None", "upstream, of_weights = torch.ones_like(grad_output), None", family("cpu", "twice or row_arg")),
+    Mutation("family: gradient of weights missing its factor", FAMILY, "of_weights = rows * grad_output *", "of_weights = rows *", family("cpu", "row_arguments")),
+    Mutation("family: terms without the weights", FAMILY, "terms * late_scale", "terms", family("cpu", "parts or textbook or terms")),
+    Mutation("family: double backward without the upstream gradient", FAMILY, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", family("cpu", "gradcheck or double")),
+    Mutation("family: two classes have another", FAMILY, "spec = spec._replace(second=0.0)", "pass", family("cpu", "two_classes")),
+    Mutation("family: labels not counted from the range", ROWS, "(labels - start if start else labels)", "labels", family("reference", "valid_classes")),
+    Mutation("family: labels not looked at", ROWS, "if wrong.any():", "if False:", family("reference", "out_of_range")),
+    Mutation("family: entropies exchanged", "kdkernels/ops/kd_statistics.py", "kl, teacher_entropy, student_entropy,", "kl, student_entropy, teacher_entropy,", family("reference", "statistics")),
+    Mutation("family: gradient not reversed", TEMPERATURE, "grad_output * -ctx.strength", "grad_output * ctx.strength", "tests/test_temperature.py"),
+    Mutation("family: cosine upside down", TEMPERATURE, "0.5 * (1 - math.cos", "0.5 * (1 + math.cos", "tests/test_temperature.py"),
+    Mutation("cpu family: mask ignored", CPU_FAMILY, "params.mask != nullptr &&", "false &&", family("cpu", "masked_rows")),
+    Mutation("cpu family: 1/T missing in the gradient", CPU_FAMILY, "soft_scale * s_inverse / temperature;", "soft_scale * s_inverse;", family("cpu", "every_loss")),
+    Mutation("cpu family: one-hot of the label missing", CPU_FAMILY, "const double onehot = scale *", "const double onehot = 0 *", family("cpu", "every_loss")),
+    Mutation("cpu family: gradient of a constant row", CPU_FAMILY, "const double flat = spread && s_spread.flat() ? 0 : 1;", "const double flat = 1;", family("cpu", "constant")),
+    Mutation("cpu family: statistics without their scale", CPU_FAMILY, "terms != nullptr", "false", family("cpu", "statistics")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 
