@@ -579,6 +579,7 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
         each["target"] = scale * function(student, teacher, labels, **first, mask=counts, **shared)
         each["non_target"] = each["soft"] - each["target"]
     student.requires_grad_()
+    weights.requires_grad_()
     for reduction in REDUCTIONS:
         loss, terms = distillation_loss(
             student,
