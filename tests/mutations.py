@@ -104,7 +104,7 @@ MUTATIONS = [
     Mutation("cpu family: 1/T missing in the gradient", CPU_FAMILY, "soft_scale * s_inverse / temperature;", "soft_scale * s_inverse;", family("cpu", "every_loss")),
     Mutation("cpu family: one-hot of the label missing", CPU_FAMILY, "const double onehot = scale *", "const double onehot = 0 *", family("cpu", "every_loss")),
     Mutation("cpu family: gradient of a constant row", CPU_FAMILY, "const double flat = spread && s_spread.flat() ? 0 : 1;", "const double flat = 1;", family("cpu", "constant")),
-    Mutation("cpu family: statistics without their scale", CPU_FAMILY, "terms != nullptr", "false", family("cpu", "statistics")),
+    Mutation("cpu family: terms not written", CPU_FAMILY, "if (terms != nullptr) {", "if (false) {", family("cpu", "statistics")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 
