@@ -399,7 +399,7 @@ def logit_loss(
         spec = spec._replace(second=0.0)  # one class is no distribution to match
 
     if backend == "reference":
-        loss, terms = logit_loss_reference(
+        loss, every = logit_loss_reference(
             student.narrow(-1, start, classes),
             None if teacher is None else teacher.narrow(-1, teacher_start, classes),
             labels,
@@ -410,12 +410,13 @@ def logit_loss(
             spec,
             reduction,
         )
-        return loss, terms if with_terms else None
+        return loss, every if with_terms else None
 
     input = as_matrix(student)
     target = None if teacher is None or spec.divergence == NONE else as_matrix(teacher)
     temperature, teacher_temperature = as_vector(temperature), as_vector(teacher_temperature)
     labels, mask, weights = as_vector(labels), as_vector(mask), as_vector(weights)
+    terms: Tensor | None
     if torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad
         for x in (input, target, temperature, teacher_temperature, weights)
@@ -451,7 +452,7 @@ def logit_loss(
             NOTHING,
             backend,
         )
-        terms: Tensor | None = rest[0] if with_terms else None
+        terms = rest[0] if with_terms else None
         if reduction != "none":
             loss = loss.sum()
             terms = None if terms is None else terms.sum(1)
