@@ -29,6 +29,8 @@ CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
+ROWS, FAMILY, DIVERGENCES = (f"kdkernels/ops/{stem}.py" for stem in ("rows", "logit_loss", "divergences"))
+CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.py"
 
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
@@ -42,6 +44,10 @@ def topk(*words: str) -> str:
 
 def multi(*words: str) -> str:
     return grid("cpu", *words, op="multi_teacher_kl_div")
+
+
+def family(backend: str, words: str) -> str:
+    return f"tests/test_logit_loss.py -k '{backend} and ({words})'"
 
 
 MUTATIONS = [
@@ -61,7 +67,7 @@ MUTATIONS = [
     Mutation("triton: mask ignored", TRITON, "live = exists & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)", "live = exists", grid("triton")),
     Mutation("triton: zero gradient", TRITON, "difference * grad_scale_q", "difference * 0.0", grid("triton")),
     Mutation("triton: last class skipped", TRITON, "mask=live & (column < classes)", "mask=live & (column < classes - 1)", grid("triton")),
-    Mutation("op: divides by all rows", "kdkernels/ops/rows.py", "each = mask.sum().clamp(min=1)", "each = torch.ones_like(mask).sum()", grid("cpu", "batchmean")),
+    Mutation("op: divides by all rows", ROWS, "each = mask.sum().clamp(min=1)", "each = torch.ones_like(mask).sum()", grid("cpu", "batchmean")),
     Mutation("op: buffer handed out twice", OP, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", grid("cpu", "twice")),
     Mutation("op: reverse ignored", OP, "    if reverse:\n        input, target", "    if False:\n        input, target", grid("cpu", "loss_and")),
     Mutation(
@@ -99,6 +105,42 @@ MUTATIONS = [
     Mutation("multi op: upstream gradient ignored", OP_MULTI, "scale_rows_(of_input, upstream, backend)", "None", multi("twice", "row_arg")),
     Mutation("multi op: rows' weights ignored", OP_MULTI, "weight * (scale if row_scale is None else row_scale)", "weight", multi("row_arg")),
     Mutation("multi op: one side of the temperature's gradient", OP_MULTI, "found[-2] + found[-1]", "found[-1]", multi("row_arg")),
+    Mutation("family: soft term without T²", DIVERGENCES, "(temperature**2 if spec.squared else 1.0)", "1.0", family("reference", "textbook")),
+    Mutation("family: std over N", DIVERGENCES, "(count - 1).clamp(min=1)", "count", family("reference", "textbook")),
+    Mutation("family: DKD's factors", DIVERGENCES, "weighted(spec.first, target)", "weighted(spec.second, target)", family("reference", "textbook")),
+    Mutation("family: the mixture's shares", DIVERGENCES, "share * a + (1 - share) * b", "(1 - share) * a + share * b", family("reference", "textbook")),
+    Mutation("family: TV without its half", DIVERGENCES, "0.5 * difference", "difference", family("reference", "textbook")),
+    Mutation("family: TV blind where one side is 0", DIVERGENCES, "near = both & (delta", "near = (p > 0) & (delta", family("reference", "common")),
+    Mutation("family: JSD blind to what is nearly 0", DIVERGENCES, "a, difference = torch.where(alive, a, 0), torch", "a, difference = a, torch", family("reference", "common")),
+    Mutation("family: a constant row that is not zeros", DIVERGENCES, "z = torch.where(constant, 0, z / (spread + SPREAD_EPS))", "z = (z + constant) / (spread + SPREAD_EPS) * logits.sign()", family("reference", "constant or textbook")),
+    Mutation("family: smoothing over masked classes", DIVERGENCES, "/ live.sum(-1)", "/ student.shape[-1]", family("cpu", "minus")),
+    Mutation("family: wrong side's mixture", DIVERGENCES, "first=self.second, second=self.first, mix=1 - self.mix", "first=self.second, second=self.first, mix=self.mix", family("cpu", "every_loss")),
+    Mutation("family: sides not exchanged", DIVERGENCES, "            KL: REVERSE_KL,\n", "", family("cpu", "every_loss")),
+    Mutation("family: the teacher gets the hard term's gradient", DIVERGENCES, "hard_weight=0.0, label_smoothing=0.0, z_loss=0.0)\n        if", "z_loss=0.0)\n        if", family("cpu", "every_loss")),
+    Mutation("family: JSD's ends", "kdkernels/ops/jsd.py", "(1 / (1 - beta), 1 / beta)", "(1 / beta, 1 / (1 - beta))", family("reference", "textbook")),
+    Mutation("family: NKD without its weight", "kdkernels/ops/distillation_loss.py", 'NORMALIZED, rest["soft_weight"]', "NORMALIZED, 1.0", family("reference", "textbook")),
+    Mutation("family: derivative of T² missing", FAMILY, "of_square / temperatures[0], alpha=2", "of_square / temperatures[0], alpha=0", family("cpu", "through_the_square or learnable")),
+    Mutation("family: T² of NKD's target part", FAMILY, "terms[0] - terms[3] if spec", "terms[0] if spec", family("cpu", "learnable")),
+    Mutation("family: T² without its weight", FAMILY, "soft_scale *= spec.soft_weight", "pass", family("cpu", "row_arguments")),
+    Mutation("family: padding keeps what it had", FAMILY, "grad[:, start + classes :].zero_()", "pass", family("cpu", "valid_classes")),
+    Mutation("family: ignore_index counts", FAMILY, "mask = counts if mask is None else mask & counts", "mask = counts if mask is None else mask", family("cpu", "ignored or textbook")),
+    Mutation("family: ignored rows in the denominator", FAMILY, "count = mask.expand(rows).sum().clamp(min=1)", "pass", family("reference", "textbook")),
+    Mutation("family: buffer handed out twice", FAMILY, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", family("cpu", "twice")),
+    Mutation("family: upstream gradient ignored", FAMILY, "upstream, of_weights = grad_output.contiguous(), None", "upstream, of_weights = torch.ones_like(grad_output), None", family("cpu", "twice or row_arg")),
+    Mutation("family: gradient of weights missing its factor", FAMILY, "of_weights = rows * grad_output *", "of_weights = rows *", family("cpu", "row_arguments")),
+    Mutation("family: terms without the weights", FAMILY, "terms * late_scale", "terms", family("cpu", "parts or textbook or terms")),
+    Mutation("family: double backward without the upstream gradient", FAMILY, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", family("cpu", "gradcheck or double")),
+    Mutation("family: two classes have another", FAMILY, "spec = spec._replace(second=0.0)", "pass", family("cpu", "two_classes")),
+    Mutation("family: labels not counted from the range", ROWS, "(labels - start if start else labels)", "labels", family("reference", "valid_classes")),
+    Mutation("family: labels not looked at", ROWS, "if wrong.any():", "if False:", family("reference", "out_of_range")),
+    Mutation("family: entropies exchanged", "kdkernels/ops/kd_statistics.py", "kl, teacher_entropy, student_entropy,", "kl, student_entropy, teacher_entropy,", family("reference", "statistics")),
+    Mutation("family: gradient not reversed", TEMPERATURE, "grad_output * -ctx.strength", "grad_output * ctx.strength", "tests/test_temperature.py"),
+    Mutation("family: cosine upside down", TEMPERATURE, "0.5 * (1 - math.cos", "0.5 * (1 + math.cos", "tests/test_temperature.py"),
+    Mutation("cpu family: mask ignored", CPU_FAMILY, "params.mask != nullptr &&", "false &&", family("cpu", "masked_rows")),
+    Mutation("cpu family: 1/T missing in the gradient", CPU_FAMILY, "soft_scale * s_inverse / temperature;", "soft_scale * s_inverse;", family("cpu", "every_loss")),
+    Mutation("cpu family: one-hot of the label missing", CPU_FAMILY, "const double onehot = scale *", "const double onehot = 0 *", family("cpu", "every_loss")),
+    Mutation("cpu family: gradient of a constant row", CPU_FAMILY, "const double flat = spread && s_spread.flat() ? 0 : 1;", "const double flat = 1;", family("cpu", "constant")),
+    Mutation("cpu family: terms not written", CPU_FAMILY, "if (terms_out != nullptr) {", "if (false) {", family("cpu", "statistics")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 

@@ -5,103 +5,21 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import testing
 import torch
 import torch.nn.functional as F
 from conftest import device_of
-from testing import EPS32, REGIMES, assert_near, assert_not_vacuous, logits
+from testing import EPS32, NAMES, REGIMES, leaves, logits, run
 from torch import Tensor
 
 import kdkernels
 from kdkernels import KLDivLoss, kl_div, kl_div_reference
 
-NAMES = ("student", "teacher", "temperature", "teacher_temperature", "weights")
-
-
-def leaves(arguments: dict, dtype: torch.dtype | None = None) -> dict:
-    """Copies that require grad where they can; the logits in `dtype`, rows' values in its statistics' dtype."""
-    out = {}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            wanted = value.dtype if dtype is None else dtype
-            value = value.detach().to(wanted).clone().requires_grad_()
-        out[name] = value
-    return out
-
-
-def run(function, arguments: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    arguments = (
-        leaves(arguments)
-        if upstream is None or upstream.dtype != torch.float64
-        else leaves(arguments, torch.float64)
-    )
-    loss = function(**arguments)
-    names = [name for name in NAMES if isinstance(arguments.get(name), Tensor)]
-    gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
-    return loss.detach(), dict(zip(names, gradients))
-
-
-def compare(backend: str, arguments: dict, *, vacuous: bool = False, seed: int = 0) -> None:
-    """Loss and all gradients of `backend` against the truth, under a random upstream gradient."""
-    student = arguments["student"]
-    reduction = arguments.get("reduction", "batchmean")
-    shape = student.shape[:-1] if reduction == "none" else ()
-    upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    upstream = upstream.float()  # a number that both dtypes hold
-    truth, true_gradients = run(kl_div_reference, arguments, upstream.double())
-    statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
-    reference, reference_gradients = (
-        run(kl_div_reference, arguments, upstream.to(statistics))
-        if (statistics != torch.float64)
-        else (truth, true_gradients)
-    )
-    device = device_of(backend)
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    if statistics == torch.float64:
-        moved = leaves(moved)
-        got = kl_div(**moved, backend=backend)
-        names = list(true_gradients)
-        gradients = dict(
-            zip(names, torch.autograd.grad(got, [moved[n] for n in names], upstream.double().to(device)))
-        )
-    else:
-        got, gradients = run(lambda **a: kl_div(**a, backend=backend), moved, upstream.to(device))
-    got = got.detach().cpu()
-
-    def smallest(name: str) -> float:
-        t = arguments.get(name)
-        t = arguments.get("temperature", 1.0) if t is None else t
-        return t.min().item() if isinstance(t, Tensor) else float(t)
-
-    finite = torch.cat([arguments["student"].double().flatten(), arguments["teacher"].double().flatten()])
-    finite = finite[torch.isfinite(finite)]
-    temperature = min(smallest("temperature"), smallest("teacher_temperature"))
-    logit = max(1.0, finite.abs().max().item() / temperature)
-    weight = arguments["weights"].abs().max().item() if isinstance(arguments.get("weights"), Tensor) else 1.0
-    count = (
-        arguments["mask"].sum().item()
-        if isinstance(arguments.get("mask"), Tensor)
-        else math.prod(student.shape[:-1])
-    )
-    each = weight * (1 / max(count, 1) if reduction == "batchmean" else 1)
-    rows = math.prod(student.shape[:-1]) if reduction == "sum" else 1
-    magnitudes = {
-        "loss": logit * weight * rows,
-        "student": each * logit / temperature,
-        "teacher": each * logit * logit / temperature,
-        "temperature": each * logit * logit / temperature * rows,
-        "teacher_temperature": each * logit * logit / temperature * rows,
-        "weights": each * logit,
-    }
-    assert_near(got, truth, reference, magnitudes["loss"], "loss")
-    for name, true_gradient in true_gradients.items():
-        assert_near(gradients[name].cpu(), true_gradient, reference_gradients[name], magnitudes[name], name)
-        if not vacuous:
-            assert_not_vacuous(true_gradient, reference_gradients[name], magnitudes[name])
-    if not vacuous:
-        assert_not_vacuous(truth, reference, magnitudes["loss"])
+compare = partial(testing.compare, kl_div)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -322,7 +240,7 @@ def test_near_convergence_is_exact(backend):
     student = teacher + 1e-3 * torch.randn(2, classes, generator=torch.Generator().manual_seed(1))
     values = {"student": student, "teacher": teacher, "temperature": torch.full((2,), 2.0)}
     values["teacher_temperature"] = values["temperature"]
-    truth, true_gradients = run(kl_div_reference, values, torch.tensor(1.0, dtype=torch.float64))
+    truth, true_gradients = run(kl_div_reference, values, dtype=torch.float64)
     # What the usual form makes of it, so that these data are known to be hard.
     log_q, log_p = (torch.log_softmax(x / 2, -1) for x in (student, teacher))
     usual = (log_p.exp() * (log_p - log_q)).sum(-1).mean()

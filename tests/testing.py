@@ -1,11 +1,18 @@
-"""What the tests share: the tolerance rule, and each regime's data."""
+"""What the tests share: the tolerance rule, a loss of rows of logits against its truth, and each regime's data."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
+from conftest import device_of
 from torch import Tensor
 
 EPS32 = torch.finfo(torch.float32).eps
+# What a loss of rows of logits has gradients for.
+NAMES = ("student", "teacher", "temperature", "teacher_temperature", "weights")
 
 
 def assert_near(got: Tensor, truth: Tensor, reference: Tensor, magnitude: float, what: str) -> None:
@@ -37,6 +44,99 @@ def assert_not_vacuous(truth: Tensor, reference: Tensor, magnitude: float) -> No
     except AssertionError:
         return
     raise AssertionError("these data would let a result of zero pass")
+
+
+def leaves(arguments: dict, dtype: torch.dtype | None = None) -> dict:
+    """Copies that require grad where they can, in `dtype` if given."""
+    out = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            wanted = value.dtype if dtype is None else dtype
+            value = value.detach().to(wanted).clone().requires_grad_()
+        out[name] = value
+    return out
+
+
+def run(
+    function: Callable[..., Tensor],
+    arguments: dict,
+    upstream: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    wanted: Sequence[str] = NAMES,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and its gradients by name where `wanted`, of arguments that are cast to `dtype` if given."""
+    arguments = leaves(arguments, dtype)
+    names = [name for name in NAMES if name in wanted and isinstance(arguments.get(name), Tensor)]
+    for name in set(arguments).difference(names):
+        if isinstance(arguments[name], Tensor):
+            arguments[name].requires_grad_(False)
+    loss = function(**arguments)
+    gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
+    return loss.detach(), dict(zip(names, gradients))
+
+
+def compare(
+    function: Callable[..., Tensor],
+    backend: str,
+    arguments: dict,
+    *,
+    factor: float = 1.0,
+    vacuous: bool = False,
+    seed: int = 0,
+    wanted: Sequence[str] = NAMES,
+) -> None:
+    """Loss and gradients of `backend` against the float64 reference, under a random upstream gradient.
+
+    `factor` is what the loss has for factors: of its parts, and T² where it multiplies by that.
+    """
+    student = arguments["student"]
+    reduction = arguments.get("reduction", "batchmean")
+    rows = student.shape[:-1]
+    shape = rows if reduction == "none" else ()
+    upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    upstream = upstream.float()  # a number that both dtypes hold
+    statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
+    specification = partial(function, backend="reference")
+    truth, true_gradients = run(specification, arguments, upstream.double(), torch.float64, wanted)
+    reference, reference_gradients = run(specification, arguments, upstream.to(statistics), None, wanted)
+    device = device_of(backend)
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    got, gradients = run(
+        partial(function, backend=backend), moved, upstream.to(statistics).to(device), None, wanted
+    )
+
+    def smallest(name: str) -> float:
+        t = arguments.get(name)
+        t = arguments.get("temperature", 1.0) if t is None else t
+        return t.min().item() if isinstance(t, Tensor) else float(t)
+
+    finite = torch.cat([arguments["student"].double().flatten(), arguments["teacher"].double().flatten()])
+    finite = finite[torch.isfinite(finite)]
+    temperature = min(smallest("temperature"), smallest("teacher_temperature"))
+    logit = max(1.0, finite.abs().max().item() / temperature)
+    weight = arguments["weights"].abs().max().item() if isinstance(arguments.get("weights"), Tensor) else 1.0
+    counts = torch.ones(rows, dtype=torch.bool)
+    if isinstance(arguments.get("mask"), Tensor):
+        counts = counts & arguments["mask"]
+    if isinstance(arguments.get("labels"), Tensor):
+        counts = counts & (arguments["labels"] != arguments.get("ignore_index", -100))
+    each = factor * weight * (1 / max(counts.sum().item(), 1) if reduction == "batchmean" else 1)
+    summed = math.prod(rows) if reduction == "sum" else 1
+    magnitudes = {
+        "loss": factor * logit * weight * summed,
+        "student": each * logit / temperature,
+        "teacher": each * logit * logit / temperature,
+        "temperature": each * logit * logit / temperature * summed,
+        "teacher_temperature": each * logit * logit / temperature * summed,
+        "weights": each * logit,
+    }
+    assert_near(got.cpu(), truth, reference, magnitudes["loss"], "loss")
+    for name, true_gradient in true_gradients.items():
+        assert_near(gradients[name].cpu(), true_gradient, reference_gradients[name], magnitudes[name], name)
+        if not vacuous:
+            assert_not_vacuous(true_gradient, reference_gradients[name], magnitudes[name])
+    if not vacuous:
+        assert_not_vacuous(truth, reference, magnitudes["loss"])
 
 
 REGIMES = ("plain", "warm", "near", "far", "ties", "uniform")

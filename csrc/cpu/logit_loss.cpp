@@ -594,6 +594,7 @@ struct LogitLossRow {
         }
       } else {
         const auto odds = [](double x, double max, double factor, double log2_sum, bool is_alone) {
+          if (x == INFINITY) return static_cast<double>(NAN);  // no distribution has it
           return is_alone ? INFINITY : kLn2 * ((x - max) * factor - log2_sum);
         };
         const double u_q = odds(s_label, pair.s_max, pair.s_factor, pair.s_log2, s_alone);

@@ -8,7 +8,6 @@ final form, and the backward pass has nothing to multiply.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from kdkernels.ops.divergences import (
 )
 from kdkernels.ops.jsd import jsd_spec
 from kdkernels.ops.logit_loss import TERMS, LogitLoss, logit_loss
-from kdkernels.ops.rows import Range, Temperature, check_fraction, kind_of
+from kdkernels.ops.rows import Range, Temperature, check_fraction, check_number
 from kdkernels.ops.skew_kl_div import skew_spec
 
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "nkd")
@@ -104,22 +103,17 @@ def distillation_loss(
     """
     if soft not in SOFT:
         raise ValueError(f"soft must be one of {', '.join(SOFT)}, got {soft!r}")
-    for name, value in (("soft_weight", soft_weight), ("hard_weight", hard_weight), ("z_loss", z_loss)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {kind_of(value)}")
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{name} must be finite, got {value}")
     check_fraction(label_smoothing, "label_smoothing")
-    if labels is None and hard_weight:
-        raise TypeError("labels must be given where hard_weight is not 0")
     rest: dict[str, Any] = {
         "standardize": standardize,
-        "soft_weight": float(soft_weight),
+        "soft_weight": check_number(soft_weight, "soft_weight"),
         "squared": True,
-        "hard_weight": float(hard_weight),
+        "hard_weight": check_number(hard_weight, "hard_weight"),
         "label_smoothing": float(label_smoothing),
-        "z_loss": float(z_loss),
+        "z_loss": check_number(z_loss, "z_loss"),
     }
+    if labels is None and hard_weight:
+        raise TypeError("labels must be given where hard_weight is not 0")
     if soft_weight == 0:
         spec = Spec(NONE, **rest)
     elif soft == "jsd":
@@ -127,10 +121,11 @@ def distillation_loss(
     elif soft in ("skew_kl", "skew_reverse_kl"):
         spec = skew_spec(0.1 if alpha is None else alpha, soft == "skew_reverse_kl", **rest)
     elif soft == "dkd":
-        parts = (1.0 if alpha is None else float(alpha), 8.0 if beta is None else float(beta))
-        spec = Spec(DECOUPLED, *parts, **rest)
+        first = check_number(1.0 if alpha is None else alpha, "alpha")
+        second = check_number(8.0 if beta is None else beta, "beta")
+        spec = Spec(DECOUPLED, first, second, **rest)
     elif soft == "nkd":
-        spec = Spec(NORMALIZED, float(soft_weight), float(gamma), **rest)
+        spec = Spec(NORMALIZED, rest["soft_weight"], check_number(gamma, "gamma"), **rest)
     else:
         spec = Spec({"kl": KL, "reverse_kl": REVERSE_KL, "tvd": TOTAL_VARIATION}[soft], **rest)
     loss, terms = logit_loss(

@@ -63,16 +63,17 @@ class Spec(NamedTuple):
 
 def standardized(logits: Tensor) -> Tensor:  # (..., N)
     """(z − mean) / (1e-7 + std) of each row, std over N − 1; −inf stays, uncounted; a constant row gives zeros."""
-    live = logits > -torch.inf
+    live = logits != -torch.inf
     count = live.sum(-1, keepdim=True)
     # From the maximum, so that a constant row is exactly 0.
-    top = logits.detach().amax(-1, keepdim=True).nan_to_num(neginf=0)
-    z = torch.where(live, logits - top, 0)
+    top = logits.detach().amax(-1, keepdim=True)
+    z = torch.where(live, logits - torch.where(top == -torch.inf, 0, top), 0)
     z = torch.where(live, z - z.sum(-1, keepdim=True) / count.clamp(min=1), 0)
     variance = z.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
-    z = torch.where(variance > 0, z / (spread + SPREAD_EPS), 0)
-    masked = torch.where(variance > 0, logits, logits.detach()) / (spread.detach() + SPREAD_EPS)
+    constant = variance == 0
+    spread = torch.where(constant, 1, variance).sqrt()
+    z = torch.where(constant, 0, z / (spread + SPREAD_EPS))
+    masked = torch.where(constant, logits.detach(), logits) / (spread.detach() + SPREAD_EPS)
     return torch.where(live, z, torch.where(live, 0, masked))
 
 
@@ -85,7 +86,7 @@ def divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / T; −inf stays, and has no part in the temperature's gradient."""
     if not isinstance(temperature, Tensor):
         return logits / temperature
-    live, temperature = logits > -torch.inf, temperature[..., None]
+    live, temperature = logits != -torch.inf, temperature[..., None]
     return torch.where(live, logits, 0) / temperature + torch.where(live, 0, logits) / temperature.detach()
 
 
@@ -107,16 +108,17 @@ def mixture_rows(log_p: Tensor, log_q: Tensor, spec: Spec) -> Tensor:
 
     def to_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:  # KL(A‖share A + (1 − share) B)
         a, b = log_a.exp(), log_b.exp()
-        alive = a >= torch.finfo(a.dtype).tiny  # so that e^(log b − log a) is finite
-        difference = torch.where(alive, log_b - log_a, 0)
+        alive = ~(a < torch.finfo(a.dtype).tiny)  # so that e^(log b − log a) is finite
+        a, difference = torch.where(alive, a, 0), torch.where(alive, log_b - log_a, 0)
         return bregman(a, share * a + (1 - share) * b, -torch.log1p((1 - share) * torch.expm1(difference)))
 
-    rows = log_p.new_zeros(log_p.shape[:-1])
-    if spec.first:
-        rows = rows + spec.first * to_mixture(log_p, log_q, spec.mix)
-    if spec.second:
-        rows = rows + spec.second * to_mixture(log_q, log_p, 1 - spec.mix)
-    return rows
+    rows = weighted(spec.first, to_mixture(log_p, log_q, spec.mix))
+    return rows + weighted(spec.second, to_mixture(log_q, log_p, 1 - spec.mix))
+
+
+def weighted(weight: float, rows: Tensor) -> Tensor:
+    """weight · rows with 0 · ∞ = 0."""
+    return weight * (rows if weight else torch.where(rows.isinf(), 0, rows))
 
 
 def total_variation_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -137,6 +139,7 @@ def split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]: 
     alone = (others == -torch.inf).all(-1)
     others = torch.where(alone[..., None], 0, others)
     log_others = torch.where(alone[..., None], -torch.inf, torch.log_softmax(others, -1))
+    target = torch.where(target == torch.inf, torch.nan, target)
     return log_others, torch.where(alone, torch.inf, target - torch.logsumexp(others, -1)), alone
 
 
@@ -170,7 +173,6 @@ def soft_rows(
     if spec.standardize:
         student, teacher = standardized(student), standardized(teacher)
     scale = spec.soft_weight * (temperature**2 if spec.squared else 1.0)
-    nothing = student.new_zeros(student.shape[:-1])
     if spec.divergence in OF_LABELS:
         assert labels is not None
         p, q = divided(teacher, teacher_temperature), divided(student, temperature)
@@ -178,15 +180,15 @@ def soft_rows(
             p, q, teacher, student = q, p, student, teacher
         if spec.divergence in (DECOUPLED, REVERSE_DECOUPLED):
             target, others = decoupled_rows(p, q, labels)
-            first = scale * spec.first * target if spec.first else nothing
-            return first + (scale * spec.second * others if spec.second else nothing), first
+            first = scale * weighted(spec.first, target)
+            return first + scale * weighted(spec.second, others), first
         (log_p, _, alone), (log_q, _, _) = split_off(p, labels), split_off(q, labels)
         y = labels[..., None]
         p_y = torch.softmax(teacher, -1).gather(-1, y)[..., 0]
         log_q_y = torch.log_softmax(student, -1).gather(-1, y)[..., 0]
-        first = -spec.first * p_y * torch.where(p_y > 0, log_q_y, 0)
+        first = weighted(spec.first, -p_y * torch.where(p_y == 0, 0, log_q_y))
         others = torch.where(alone, 0, cross_entropy_rows(log_p, log_q))
-        return first + (scale * spec.second * others if spec.second else nothing), first
+        return first + scale * weighted(spec.second, others), first
     log_p, log_q = tempered(teacher, teacher_temperature), tempered(student, temperature)
     if spec.divergence == KL:
         rows = kl_rows(log_p, log_q)
@@ -196,13 +198,13 @@ def soft_rows(
         rows = mixture_rows(log_p, log_q, spec)
     else:
         rows = total_variation_rows(log_p, log_q)
-    return scale * rows, nothing
+    return scale * rows, torch.zeros_like(rows)
 
 
 def hard_rows(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with smoothing over the classes that are not −inf."""
-    hard = torch.logsumexp(student, -1)
-    hard = hard - (1 - label_smoothing) * student.gather(-1, labels[..., None])[..., 0]
+    target = student.gather(-1, labels[..., None])[..., 0]
+    hard = torch.logsumexp(student, -1) - weighted(1 - label_smoothing, target)
     if label_smoothing:
         live = student > -torch.inf
         hard = hard - label_smoothing * torch.where(live, student, 0).sum(-1) / live.sum(-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdkernels.ops.divergences import DECOUPLED, Spec
 from kdkernels.ops.logit_loss import LogitLoss, logit_loss
-from kdkernels.ops.rows import Range, Temperature
+from kdkernels.ops.rows import Range, Temperature, check_number
 
 
 def dkd(
@@ -75,7 +75,7 @@ def dkd(
 
     >>> loss = 4.0**2 * kdkernels.dkd(student_logits, teacher_logits, labels, temperature=4.0)
     """
-    spec = Spec(DECOUPLED, float(alpha), float(beta), standardize=standardize)
+    spec = Spec(DECOUPLED, check_number(alpha, "alpha"), check_number(beta, "beta"), standardize=standardize)
     loss, _ = logit_loss(
         student,
         teacher,

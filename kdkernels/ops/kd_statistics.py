@@ -22,6 +22,7 @@ from kdkernels.ops.rows import (
     check_mask,
     check_reduction,
     check_temperature,
+    refuse_logits,
     scale_of_rows,
     split_temperatures,
 )
@@ -74,6 +75,8 @@ def kd_statistics(
     start, teacher_start, classes = ranges = check_logits(
         student, teacher, valid_classes, teacher_valid_classes
     )
+    if teacher is None:
+        refuse_logits(student, teacher)
     check_reduction(reduction)
     backend = resolve(backend, student, "student")
     rows, dtype = student.shape[:-1], statistics_dtype(student.dtype)
@@ -95,7 +98,7 @@ def kd_statistics(
             found = torch.stack(statistics_rows(student, teacher, temperature, teacher_temperature, spec))
             if mask is not None:
                 found = torch.where(mask, found, 0)
-            found = found.flatten(1) * (value if scale is None else scale)
+            found = found.reshape(5, -1) * (value if scale is None else scale)
         else:
             temperatures = split_temperatures(as_vector(temperature), as_vector(teacher_temperature))
             kl, terms = run_logit_loss(

@@ -50,6 +50,7 @@ from kdkernels.ops.rows import (
     check_reduction,
     check_temperature,
     check_weights,
+    refuse_logits,
     scale_of_rows,
     split_temperatures,
 )
@@ -85,7 +86,8 @@ def logit_loss_reference(
         wrong = (labels < 0) | (labels >= student.shape[-1])
         labels = torch.where(wrong, 0, labels)
     student = student.to(dtype)
-    soft = first = hard = z = student.new_zeros(rows)
+    # Zeros that have a graph, whatever is switched off.
+    soft = first = hard = z = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(-1)
     if spec.divergence != NONE:
         assert teacher is not None
         soft, first = soft_rows(student, teacher.to(dtype), labels, temperature, teacher_temperature, spec)
@@ -108,7 +110,7 @@ def logit_loss_reference(
     if reduction == "none":
         return each, terms.detach()
     divisor = count if reduction == "batchmean" else 1
-    return each.sum() / divisor, (terms.flatten(1).sum(1) / divisor).detach()
+    return each.sum() / divisor, (terms.reshape(4, -1).sum(1) / divisor).detach()
 
 
 _INPUTS = (
@@ -366,6 +368,8 @@ def logit_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, terms) of the family member that `spec` describes; the public losses name and explain the arguments."""
     ranges = check_logits(student, teacher, valid_classes, teacher_valid_classes)
+    if teacher is None and spec.divergence != NONE:
+        refuse_logits(student, teacher)
     check_reduction(reduction)
     backend = resolve(backend, student, "student")
     shape = student.shape[:-1]
@@ -375,6 +379,8 @@ def logit_loss(
         teacher_temperature = temperature
     else:
         teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
+    if spec.divergence == NONE:
+        temperature = teacher_temperature = 1.0
     if mask is not None:
         mask = check_mask(mask, student)
     if weights is not None:
@@ -389,11 +395,11 @@ def logit_loss(
     elif spec.divergence in OF_LABELS:
         assert teacher is not None
         labels = teacher.detach().narrow(-1, teacher_start, classes).argmax(-1)
-    if classes == 2 and spec.divergence in OF_LABELS[:2]:
+    if classes == 2 and spec.divergence in OF_LABELS:
         spec = spec._replace(second=0.0)  # one class is no distribution to match
 
     if backend == "reference":
-        loss, terms = logit_loss_reference(
+        loss, every = logit_loss_reference(
             student.narrow(-1, start, classes),
             None if teacher is None else teacher.narrow(-1, teacher_start, classes),
             labels,
@@ -404,12 +410,13 @@ def logit_loss(
             spec,
             reduction,
         )
-        return loss, terms if with_terms else None
+        return loss, every if with_terms else None
 
     input = as_matrix(student)
     target = None if teacher is None or spec.divergence == NONE else as_matrix(teacher)
     temperature, teacher_temperature = as_vector(temperature), as_vector(teacher_temperature)
     labels, mask, weights = as_vector(labels), as_vector(mask), as_vector(weights)
+    terms: Tensor | None
     if torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad
         for x in (input, target, temperature, teacher_temperature, weights)
@@ -445,7 +452,7 @@ def logit_loss(
             NOTHING,
             backend,
         )
-        terms: Tensor | None = rest[0] if with_terms else None
+        terms = rest[0] if with_terms else None
         if reduction != "none":
             loss = loss.sum()
             terms = None if terms is None else terms.sum(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdkernels.ops.divergences import NORMALIZED, Spec
 from kdkernels.ops.logit_loss import LogitLoss, logit_loss
-from kdkernels.ops.rows import Range, Temperature
+from kdkernels.ops.rows import Range, Temperature, check_number
 
 
 def nkd(
@@ -74,7 +74,7 @@ def nkd(
 
     >>> loss = F.cross_entropy(student_logits, labels) + kdkernels.nkd(student_logits, teacher_logits, labels)
     """
-    spec = Spec(NORMALIZED, 1.0, float(gamma), standardize=standardize, squared=True)
+    spec = Spec(NORMALIZED, 1.0, check_number(gamma, "gamma"), standardize=standardize, squared=True)
     loss, _ = logit_loss(
         student,
         teacher,

@@ -147,6 +147,14 @@ def check_fraction(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_number(value: Any, name: str) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {kind_of(value)}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
 def check_temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype) -> Temperature:
     if not isinstance(value, Tensor):
         try:
