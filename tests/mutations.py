@@ -25,6 +25,7 @@ class Mutation(NamedTuple):
 
 
 CPU, CUDA, TRITON = "csrc/cpu/kl_div.cpp", "csrc/cuda/kl_div.cu", "kdkernels/_triton/kl_div.py"
+CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
 
 
@@ -34,14 +35,14 @@ def grid(backend: str, *words: str) -> str:
 
 
 MUTATIONS = [
-    Mutation("cpu: zero gradient", CPU, "a * w - b * element.e", "0.0f", grid("cpu")),
-    Mutation("cpu: sign of the gradient", CPU, "a * w - b * element.e", "b * element.e - a * w", grid("cpu")),
-    Mutation("cpu: last class skipped", CPU, "std::min(kBlock, classes - begin)", "std::min(kBlock, classes - 1 - begin)", grid("cpu")),
+    Mutation("cpu: zero gradient", CPU_ROW, "a * w - b * element.e", "0.0f", grid("cpu")),
+    Mutation("cpu: sign of the gradient", CPU_ROW, "a * w - b * element.e", "b * element.e - a * w", grid("cpu")),
+    Mutation("cpu: last class skipped", CPU_BLOCKS, "std::min(kBlock, classes - begin)", "std::min(kBlock, classes - 1 - begin)", grid("cpu")),
     Mutation("cpu: mask ignored", CPU, "params.mask != nullptr &&", "false &&", grid("cpu")),
     Mutation("cpu: 1/T missing in the gradient", CPU, "sums, scale * input_inverse, stash", "sums, scale, stash", grid("cpu")),
-    Mutation("cpu: later blocks on the first one's scale", CPU, "sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;", "", grid("cpu", "mass")),
-    Mutation("cpu: a bad guess kept", CPU, "exp_y < 0.02 || exp_y > 50", "false", grid("cpu", "mass")),
-    Mutation("cpu: P = 0 taken for the least float", CPU, "return least > kLeastExp2 &&", "return", grid("cpu", "minus")),
+    Mutation("cpu: later blocks on the first one's scale", CPU_ROW, "sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;", "", grid("cpu", "mass")),
+    Mutation("cpu: a bad guess kept", CPU_ROW, "exp_y < 0.02 || exp_y > 50", "false", grid("cpu", "mass")),
+    Mutation("cpu: P = 0 taken for the least float", CPU_ROW, "return least > kLeastExp2 &&", "return", grid("cpu", "minus")),
     Mutation("cpu: scale_rows does nothing", "csrc/cpu/scale_rows.cpp", "if (scale == S(1)) continue;", "continue;", grid("cpu", "twice")),
     Mutation("both natives: series sign", "csrc/math.h", "near ? p * (e - x)", "near ? p * (e + x)", grid("cuda")),
     Mutation("cuda: mask ignored", CUDA, "params.mask != nullptr &&", "false &&", grid("cuda")),

@@ -445,7 +445,7 @@ def logit_loss(
             NOTHING,
             backend,
         )
-        terms = rest[0] if with_terms else None
+        terms: Tensor | None = rest[0] if with_terms else None
         if reduction != "none":
             loss = loss.sum()
             terms = None if terms is None else terms.sum(1)

@@ -1,0 +1,160 @@
+// One class of each divergence between P and Q, in forms that do not cancel as Q nears P, on the
+// host and on the device.
+//
+// With x_j the logits of Q over its temperature, dloss/dx_j is either direct_j, or Q_j (a_j - sum_k
+// Q_k a_k): `slope_gradient` of the slope a_j = dloss/dQ_j (up to a constant) and its mean under Q.
+#pragma once
+
+#include <cmath>
+
+#include "math.h"
+
+namespace kdkernels {
+
+// D = log P_j - log Q_j of a class from its logits. They are differenced first: near convergence t
+// - s is exact, and everything after it is of the size of D. Where the factors of the two sides are
+// far apart, that would cancel instead: then each side is taken from its own maximum.
+template <typename T>
+struct LogRatio {
+  T input_max;       // of the logits that Q is over; 0 where all are -inf
+  T target_max;      // the same of P
+  T shift;           // target_max - input_max
+  T input_inverse;   // 1 / temperature
+  T target_inverse;  // the same of P
+  T extra;           // target_inverse - input_inverse
+  T offset;          // log sum_j e^((t_j - max) / T_P) - log sum_j e^((s_j - max) / T_Q)
+  bool together;
+
+  KDK_INLINE LogRatio(T input_max, T target_max, double input_inverse, double target_inverse,
+                      T offset)
+      : input_max(input_max),
+        target_max(target_max),
+        shift(target_max - input_max),
+        input_inverse(static_cast<T>(input_inverse)),
+        target_inverse(static_cast<T>(target_inverse)),
+        extra(static_cast<T>(target_inverse - input_inverse)),
+        offset(offset),
+        together(target_inverse < 1.25 * input_inverse && input_inverse < 1.25 * target_inverse) {}
+
+  // -inf where P_j = 0, also where Q_j = 0 too.
+  KDK_INLINE T operator()(T s, T t) const {
+    const T infinity = static_cast<T>(INFINITY);
+    const T from_max = t - target_max;
+    const T difference = together ? ((t - s) - shift) * input_inverse + from_max * extra
+                                  : from_max * target_inverse - (s - input_max) * input_inverse;
+    return t == -infinity ? -infinity : difference - offset;
+  }
+};
+
+// Its share of a divergence, and the slope a_j.
+template <typename T>
+struct SlopeTerm {
+  T loss;
+  T slope;
+};
+
+// Q_j (slope - mean), where 0 * inf = 0 and an infinite mean gives its one-sided limits.
+template <typename T>
+KDK_INLINE T slope_gradient(T q, T slope, T mean) {
+  return kl_target_gradient(q, slope, mean);
+}
+
+// KL(Q||P): the mean of the slopes is the divergence itself.
+template <typename T>
+KDK_INLINE SlopeTerm<T> reverse_kl_term(T p, T q, T delta) {
+  return {kl_term(q, p, -delta).excess, -delta};
+}
+
+// 1/2 |P - Q|.
+template <typename T>
+KDK_INLINE SlopeTerm<T> total_variation_term(T p, T q, T delta) {
+  const T difference = kl_term(p, q, delta).difference;
+  const T half = difference > T(0) ? T(0.5) : difference < T(0) ? T(-0.5) : T(0);
+  return {difference == difference ? half * difference : difference, half};
+}
+
+// first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q. With e = e^-|D| - 1, of the two
+// logarithms log P/M = -log1p((1 - mix) (e^-D - 1)) and log Q/M = -log1p(mix (e^D - 1)) one has a
+// bounded argument; the other is taken likewise near D = 0, and elsewhere follows from it, for they
+// differ by D. The slope is first (1 - mix) g + second (log Q/M - mix g) with g = 1 - P/M.
+template <typename T>
+KDK_INLINE SlopeTerm<T> mixture_term(T p, T q, T delta, T mix, T first, T second) {
+  const bool above = delta >= T(0);
+  const T size = above ? delta : -delta;
+  const T rest = T(1) - mix;
+  const T e = std::expm1(-size);
+  const T bounded = (above ? rest : mix) * e;
+  const T bounded_log = -std::log1p(bounded);
+  const bool near = size < T(1);
+  const T other_log =
+      near ? -std::log1p((above ? mix : rest) * (-e / (T(1) + e))) : bounded_log - size;
+  const T log_p = above ? bounded_log : other_log;  // log P/M
+  const T log_q = above ? other_log : bounded_log;  // log Q/M
+  const T g = (above ? rest : -rest) * e / (T(1) + bounded);
+  const T m = mix * p + rest * q;
+  return {first * kl_term(p, m, log_p).excess + second * kl_term(q, m, log_q).excess,
+          first * rest * g + second * (log_q - mix * g)};
+}
+
+// (P_y, 1 - P_y) of the logit u = log P_y / (1 - P_y).
+template <typename T>
+struct Bernoulli {
+  T on;
+  T off;
+
+  KDK_INLINE explicit Bernoulli(T u) {
+    const T e = std::exp(u < T(0) ? u : -u);
+    const T large = T(1) / (T(1) + e);
+    const T small = e * large;
+    on = u < T(0) ? small : large;
+    off = u < T(0) ? large : small;
+  }
+};
+
+template <typename T>
+KDK_INLINE T softplus(T x) {
+  return (x > T(0) ? x : T(0)) + std::log1p(std::exp(x > T(0) ? -x : x));
+}
+
+// A divergence of two Bernoulli variables, and its derivative with respect to the logit of Q.
+template <typename T>
+struct BernoulliTerm {
+  T loss;
+  T gradient;
+};
+
+// log(P_y / Q_y) or, with the signs of all logits changed, log((1 - P_y) / (1 - Q_y)), from the
+// logits u of both and their difference d = u_p - u_q.
+template <typename T>
+KDK_INLINE T bernoulli_log_ratio(T u_p, T u_q, T q_off, T d) {
+  const bool near = d < T(1) && d > T(-1);
+  return near ? -std::log1p(q_off * std::expm1(-d)) : softplus(-u_q) - softplus(-u_p);
+}
+
+template <typename T>
+KDK_INLINE T bernoulli_kl(T u_p, T u_q, T d) {
+  const Bernoulli<T> p(u_p), q(u_q);
+  return kl_term(p.on, q.on, bernoulli_log_ratio(u_p, u_q, q.off, d)).excess +
+         kl_term(p.off, q.off, bernoulli_log_ratio(-u_p, -u_q, q.on, -d)).excess;
+}
+
+// KL(b_P||b_Q), of logits u_p and u_q; d = u_p - u_q comes from the caller, who can difference
+// first. Infinite logits are legal.
+template <typename T>
+KDK_INLINE BernoulliTerm<T> bernoulli_kl_term(T u_p, T u_q, T d) {
+  const Bernoulli<T> p(u_p), q(u_q);
+  const T difference =
+      d <= T(0) ? -q.on * p.off * std::expm1(d) : p.on * q.off * std::expm1(-d);  // Q_y - P_y
+  const bool both_certain = u_p == u_q && u_p - u_q != T(0);  // inf - inf is NaN
+  return {bernoulli_kl(u_p, u_q, d), both_certain ? T(0) : difference};
+}
+
+// KL(b_Q||b_P).
+template <typename T>
+KDK_INLINE BernoulliTerm<T> bernoulli_reverse_kl_term(T u_p, T u_q, T d) {
+  const Bernoulli<T> q(u_q);
+  const T variance = q.on * q.off;
+  return {bernoulli_kl(u_q, u_p, -d), variance == T(0) ? T(0) : -variance * d};
+}
+
+}  // namespace kdkernels
