@@ -36,9 +36,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @DTYPES
 @pytest.mark.parametrize("loss", CASES)
 def test_topk_kl_div(benchmark, loss, dtype):
-    harness.cell(
-        benchmark, "topk_kl_div", loss, CASES[loss], "Llama-3, 16 tokens", dtype, True, seconds=1.5
-    )
+    harness.cell(benchmark, "topk_kl_div", loss, CASES[loss], "Llama-3, 16 tokens", dtype, True, seconds=1.5)
 
 
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="resident memory is the CPU's")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kdkernels
+from benchmarks import peers
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -23,6 +24,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         python=platform.python_version(),
         torch=torch.__version__,
         kdkernels=kdkernels.__version__,
+        peers=peers.versions(),
     )
 
 
@@ -37,3 +39,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if "median_ms" in cell
         )
         terminalreporter.write_line(f"{info['cell']}: {', '.join(parts)} ms")
+    absent = {name: why for bench in cells for name, why in bench.extra_info["absent"].items()}
+    for name, why in sorted(absent.items()):
+        terminalreporter.write_line(f"{name} was not measured: {why}")

@@ -6,6 +6,7 @@ A library that is not installed, or does not import here, is left out with its r
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,11 @@ def library(name: str) -> tuple[Any, str]:
 
 TORCHDISTILL, NO_TORCHDISTILL = library("torchdistill.losses.mid_level")
 LIGER, NO_LIGER = library("liger_kernel.chunked_loss.jsd_loss")
+
+
+def versions() -> dict[str, str]:
+    loaded = {"torchdistill": TORCHDISTILL, "liger-kernel": LIGER}
+    return {name: importlib.metadata.version(name) for name, module in loaded.items() if module}
 
 
 def _torchdistill(name: str, **options: Any) -> Loss:
