@@ -107,6 +107,7 @@ def mixture_rows(log_p: Tensor, log_q: Tensor, spec: Spec) -> Tensor:
     def to_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:  # KL(A‖share A + (1 − share) B)
         a, b = log_a.exp(), log_b.exp()
         alive = a >= torch.finfo(a.dtype).tiny  # so that e^(log b − log a) is finite
+        a = torch.where(alive, a, 0)  # a subnormal mass with δ = 0 would pass for M = A below
         difference = torch.where(alive, log_b - log_a, 0)
         return bregman(a, share * a + (1 - share) * b, -torch.log1p((1 - share) * torch.expm1(difference)))
 
@@ -121,9 +122,10 @@ def mixture_rows(log_p: Tensor, log_q: Tensor, spec: Spec) -> Tensor:
 def total_variation_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |P − Q|, with derivative 0 where the two are equal."""
     p, q = log_p.exp(), log_q.exp()
-    delta = torch.where((p > 0) & (q > 0), log_p - log_q, 0)
-    near = delta.abs() < 1
-    difference = torch.where(near & (p > 0), p * torch.expm1(-torch.where(near, delta, 0)), q - p)
+    both = (p > 0) & (q > 0)
+    delta = torch.where(both, log_p - log_q, 0)
+    near = both & (delta.abs() < 1)
+    difference = torch.where(near, p * torch.expm1(-torch.where(near, delta, 0)), q - p)
     return 0.5 * difference.abs().sum(-1)
 
 
