@@ -81,7 +81,8 @@ def jsd(student: Tensor, teacher: Tensor, *, beta: float, temperature: float) ->
 
 def tvd(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """DistillKit, whose softmaxes are float32."""
-    q, p = (F.softmax(x / temperature, -1, dtype=torch.float32) for x in (student, teacher))
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    q, p = (F.softmax(x / temperature, -1, dtype=dtype) for x in (student, teacher))
     return 0.5 * (p - q).abs().sum(-1).mean()
 
 
@@ -89,7 +90,8 @@ def topk(
     student: Tensor, log_probs: Tensor, indices: Tensor, *, temperature: float, tail: str = "bucket"
 ) -> Tensor:
     """TRL's sparse distillation losses (bucket), axolotl's and DistillKit's (drop); statistics in float32."""
-    log_q = F.log_softmax(student / temperature, -1, dtype=torch.float32).gather(-1, indices)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    log_q = F.log_softmax(student / temperature, -1, dtype=dtype).gather(-1, indices)
     log_p = log_probs
     if tail == "bucket":
 

@@ -77,12 +77,12 @@ def table(result: dict[str, Any]) -> str:
     """Milliseconds (median) of every provider; how much faster each backend is than the better baseline."""
     machine, cells = result["machine_info"], timings(result)
     backends, others = present(cells, BACKENDS), peers_in(cells)
+    commit = result["commit_info"]["id"][:12] + (" + changes" if result["commit_info"].get("dirty") else "")
     versions = "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items())
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), GPU: {machine['gpu']}; "
         f"Python {machine['python']}, torch {machine['torch']}, kdkernels {machine['kdkernels']}"
-        f"{versions}, commit {result['commit_info']['id'][:12]}{' + changes' if result['commit_info'].get('dirty') else ''}, "
-        f"{result['datetime'][:10]}.",
+        f"{versions}, commit {commit}, {result['datetime'][:10]}.",
         "",
         "Medians in ms of interleaved runs; × is against the better of eager and compile, bold where ours is the "
         "slower; the share is of the copy bandwidth measured in the same rounds (every input read once, and the "
