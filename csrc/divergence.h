@@ -73,21 +73,24 @@ KDK_INLINE SlopeTerm<T> total_variation_term(T p, T q, T delta) {
   return {difference == difference ? half * difference : difference, half};
 }
 
-// first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q. With e = e^-|D| - 1, of the two
-// logarithms log P/M = -log1p((1 - mix) (e^-D - 1)) and log Q/M = -log1p(mix (e^D - 1)) one has a
-// bounded argument; the other is taken likewise near D = 0, and elsewhere follows from it, for they
-// differ by D. The slope is first (1 - mix) g + second (log Q/M - mix g) with g = 1 - P/M.
+// first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q, from log P/M = -log(1 + (1 - mix)
+// (e^-D
+// - 1)) and log Q/M = -log(1 + mix (e^D - 1)). The slope is first (1 - mix) g + second (log Q/M -
+// mix g) with g = 1 - P/M.
 template <typename T>
 KDK_INLINE SlopeTerm<T> mixture_term(T p, T q, T delta, T mix, T first, T second) {
   const bool above = delta >= T(0);
   const T size = above ? delta : -delta;
   const T rest = T(1) - mix;
-  const T e = std::expm1(-size);
+  const T power = exp_of_minus(size);
+  const bool near = size < T(0.5);
+  const T x = near ? size : T(0);
+  const T e = near ? x * x * second_order_ratio(x) - x : power - T(1);  // e^-|D| - 1
   const T bounded = (above ? rest : mix) * e;
-  const T bounded_log = -std::log1p(bounded);
-  const bool near = size < T(1);
+  const T bounded_log = -log_1_plus(bounded);
+  // The two logarithms differ by D; but by way of D a small mix would lose what is left of it.
   const T other_log =
-      near ? -std::log1p((above ? mix : rest) * (-e / (T(1) + e))) : bounded_log - size;
+      size < T(80) ? -log_1_plus((above ? mix : rest) * (-e / power)) : bounded_log - size;
   const T log_p = above ? bounded_log : other_log;  // log P/M
   const T log_q = above ? other_log : bounded_log;  // log Q/M
   const T g = (above ? rest : -rest) * e / (T(1) + bounded);

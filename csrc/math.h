@@ -20,6 +20,82 @@ namespace kdkernels {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+KDK_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+KDK_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Adding this to |x| < 2^21 leaves n + 127 in the low bits, n the integer nearest to x: the
+// exponent of 2^n.
+constexpr float kRound = 12583039.0f;  // 1.5 * 2^23 + 127
+
+KDK_INLINE float power_of_two(float shifted) { return bits_to_float(float_to_bits(shifted) << 23); }
+
+// A result of exp2_above that is not above this may stand for something smaller.
+constexpr float kLeastExp2 = 0x1p-125f;
+
+// 2^x for x <= 0 (and a little above); NaN stays NaN; relative error <= 1.4e-7. What would
+// underflow is left at about 2^-126, which beside a sum of at least 1 is nothing.
+KDK_INLINE float exp2_above(float x) {
+  const float y = -126.0f > x ? -126.0f : x;
+  const float shifted = y + kRound;
+  const float f = y - (shifted - kRound);
+  float p = 1.32765e-3f;
+  p = p * f + 9.67554e-3f;
+  p = p * f + 5.550713e-2f;
+  p = p * f + 2.402212e-1f;
+  p = p * f + 6.9314697e-1f;
+  p = p * f + 1.00000007f;
+  return p * power_of_two(shifted);
+}
+
+KDK_INLINE double exp2_above(double x) { return std::exp2(x); }
+
+// e^-x for x >= 0.
+KDK_INLINE float exp_of_minus(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(-x);
+#else
+  return exp2_above(x * static_cast<float>(-kLog2E));
+#endif
+}
+
+KDK_INLINE double exp_of_minus(double x) { return std::exp(-x); }
+
+// log(1 + w) for w > -1 up to 2^126: relative error <= 2e-7, small w included.
+KDK_INLINE float log_1_plus(float w) {
+#if defined(__CUDA_ARCH__)
+  return log1pf(w);
+#else
+  const float y = 1.0f + w;
+  // y = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+  const int32_t bits = static_cast<int32_t>(float_to_bits(y));
+  const int32_t k = (bits - 0x3f3504f3) >> 23;
+  const float f = bits_to_float(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
+  // (log(1 + f) - f + f^2 / 2) / f^3: relative error <= 1.5e-7 (least-maximum fit).
+  float h = 7.03758597e-2f;
+  h = h * f - 1.15145601e-1f;
+  h = h * f + 1.16770118e-1f;
+  h = h * f - 1.24201491e-1f;
+  h = h * f + 1.42493218e-1f;
+  h = h * f - 1.66680574e-1f;
+  h = h * f + 2.00007141e-1f;
+  h = h * f - 2.49999940e-1f;
+  h = h * f + 3.33333313e-1f;
+  const float lost = (w - (y - 1.0f)) / y;  // what the addition of 1 rounded away
+  return static_cast<float>(k) * static_cast<float>(kLn2) + (f + (f * f * (f * h - 0.5f) + lost));
+#endif
+}
+
+KDK_INLINE double log_1_plus(double w) { return std::log1p(w); }
+
 // (e^-x - 1 + x) / x^2 for |x| <= 0.5: relative error <= 2.5e-8 (least-maximum fit).
 KDK_INLINE float second_order_ratio(float x) {
   float h = -1.98756294e-4f;

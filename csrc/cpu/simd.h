@@ -26,18 +26,6 @@
 
 namespace kdkernels::cpu {
 
-KDK_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-KDK_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 struct BFloat16 {
   uint16_t bits;
 };
@@ -149,31 +137,5 @@ KDK_INLINE void narrow_block(const float* buffer, int64_t n, Half* x) {
 #pragma omp simd
   for (int64_t i = j; i < n; ++i) narrow(buffer[i], x[i]);
 }
-
-// Adding this to |x| < 2^21 leaves n + 127 in the low bits, n the integer nearest to x: the
-// exponent of 2^n.
-constexpr float kRound = 12583039.0f;  // 1.5 * 2^23 + 127
-
-KDK_INLINE float power_of_two(float shifted) { return bits_to_float(float_to_bits(shifted) << 23); }
-
-// A result of exp2_above that is not above this may stand for something smaller.
-constexpr float kLeastExp2 = 0x1p-125f;
-
-// 2^x for x <= 0 (and a little above); NaN stays NaN; relative error <= 1.4e-7. What would
-// underflow is left at about 2^-126, which beside a sum of at least 1 is nothing.
-KDK_INLINE float exp2_above(float x) {
-  const float y = -126.0f > x ? -126.0f : x;
-  const float shifted = y + kRound;
-  const float f = y - (shifted - kRound);
-  float p = 1.32765e-3f;
-  p = p * f + 9.67554e-3f;
-  p = p * f + 5.550713e-2f;
-  p = p * f + 2.402212e-1f;
-  p = p * f + 6.9314697e-1f;
-  p = p * f + 1.00000007f;
-  return p * power_of_two(shifted);
-}
-
-KDK_INLINE double exp2_above(double x) { return std::exp2(x); }
 
 }  // namespace kdkernels::cpu

@@ -72,7 +72,8 @@ def standardized(logits: Tensor) -> Tensor:  # (..., N)
     variance = z.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
     z = torch.where(variance > 0, z / (spread + SPREAD_EPS), 0)
-    return torch.where(live, z, -torch.inf)
+    masked = torch.where(variance > 0, logits, logits.detach()) / (spread.detach() + SPREAD_EPS)
+    return torch.where(live, z, torch.where(live, 0, masked))
 
 
 def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -84,8 +85,8 @@ def divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / T; −inf stays, and has no part in the temperature's gradient."""
     if not isinstance(temperature, Tensor):
         return logits / temperature
-    live = logits > -torch.inf
-    return torch.where(live, torch.where(live, logits, 0) / temperature[..., None], -torch.inf)
+    live, temperature = logits > -torch.inf, temperature[..., None]
+    return torch.where(live, logits, 0) / temperature + torch.where(live, 0, logits) / temperature.detach()
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -136,23 +137,16 @@ def split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]: 
     others = logits.scatter(-1, labels[..., None], -torch.inf)
     alone = (others == -torch.inf).all(-1)
     others = torch.where(alone[..., None], 0, others)
-    lse = torch.logsumexp(others, -1)
-    log_others = torch.where(others > -torch.inf, others - lse[..., None], -torch.inf)
-    log_others = torch.where(alone[..., None], -torch.inf, log_others)
-    return log_others, torch.where(alone, torch.inf, target - lse), alone
+    log_others = torch.where(alone[..., None], -torch.inf, torch.log_softmax(others, -1))
+    return log_others, torch.where(alone, torch.inf, target - torch.logsumexp(others, -1)), alone
 
 
 def decoupled_rows(p_logits: Tensor, q_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """KL of the target class against all others, and KL among the others (DKD, arXiv 2203.08679)."""
     (log_p, u_p, alone_p), (log_q, u_q, alone_q) = split_off(p_logits, labels), split_off(q_logits, labels)
 
-    def both(u: Tensor) -> Tensor:
-        finite = torch.where(u.isinf(), 0, u)
-        pair = torch.stack(
-            (torch.nn.functional.logsigmoid(finite), torch.nn.functional.logsigmoid(-finite)), -1
-        )
-        certain = torch.stack((torch.where(u > 0, 0, -torch.inf), torch.where(u > 0, -torch.inf, 0)), -1)
-        return torch.where(u.isinf()[..., None], certain.to(pair.dtype), pair)
+    def both(u: Tensor) -> Tensor:  # log P_y and log (1 - P_y)
+        return torch.stack((torch.nn.functional.logsigmoid(u), torch.nn.functional.logsigmoid(-u)), -1)
 
     target = kl_rows(both(u_p), both(u_q))
     others = torch.where(alone_p | alone_q, 0, kl_rows(log_p, log_q))
