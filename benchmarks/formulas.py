@@ -20,6 +20,18 @@ def kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """MiniLLM's direction."""
+    return kl(teacher, student, temperature=temperature)
+
+
+def skew_kl(student: Tensor, teacher: Tensor, *, alpha: float, temperature: float) -> Tensor:
+    """DistiLLM, with the teacher's entropy: KL(p‖α p + (1−α) q)."""
+    log_q, log_p = (F.log_softmax(x / temperature, -1) for x in (student, teacher))
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - torch.log(alpha * p + (1 - alpha) * q))).sum(-1).mean()
+
+
 def hard_and_soft(
     student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, hard: float, soft: float
 ) -> Tensor:

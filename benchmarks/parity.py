@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kdkernels
 from benchmarks import formulas, peers
+from benchmarks.errors import NEGLIGIBLE, number, relative
 from benchmarks.report import RESULTS, lines_of
 
 IGNORED = -100
@@ -223,9 +224,10 @@ def topk_ours(s: Tensor, t: Tensor, y: Tensor, backend: str | None) -> Tensor:
 
 
 def top(teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The half of the classes that a teacher likes best, 64 at most."""
+    """The half of the classes that a teacher likes best, 64 at most, as a float32 cache holds them."""
     live = int((teacher[0] > -math.inf).sum())
-    return F.log_softmax(statistics(teacher), -1).topk(min(64, live // 2))
+    log_probs, indices = F.log_softmax(teacher.double(), -1).float().topk(min(64, live // 2))
+    return log_probs.to(statistics(teacher).dtype), indices
 
 
 def _interpreted() -> Any:
@@ -254,7 +256,8 @@ def _package(name: str) -> str:
 
 
 def _kernel() -> str:
-    return "kernel interpreted, bfloat16 by formula" if INTERPRETED else "by formula"
+    formula = "by formula of 0.8.5"
+    return f"0.8.5 interpreted, bfloat16 {formula}" if INTERPRETED else formula
 
 
 def _eager_kl(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ def _dkd(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 PEERS = [
     Peer("PyTorch F.kl_div", "torch", "kl_div", _eager_kl, kl_ours, _eager_kl, ignores=False),
-    Peer("Liger KL", "by formula", "kl_div", liger_kl, kl_ours, _eager_kl, ignores=False),
+    Peer("Liger KL", "by formula of 0.8.5", "kl_div", liger_kl, kl_ours, _eager_kl, ignores=False),
     Peer(
         "torchdistill KDLoss",
         _package("torchdistill"),
@@ -287,11 +290,11 @@ PEERS = [
     ),
     Peer("mdistiller DKD", "by formula", "dkd", _dkd, dkd_ours, _dkd),
     Peer("cls_KD NKD", "by formula", "nkd", cut_nkd, nkd_ours, cut_nkd),
-    Peer("TRL GKD", "by formula", "jsd", trl_jsd, jsd_ours, trl_jsd),
+    Peer("TRL GKD", "by formula of 1.16.0", "jsd", trl_jsd, jsd_ours, trl_jsd),
     Peer("Liger chunked JSD", _package("liger-kernel"), "jsd", liger_chunk, jsd_ours, liger_chunk),
     Peer("Liger JSD", _kernel(), "jsd", liger_jsd, jsd_ours, liger_jsd),
-    Peer("Liger TVD", "by formula", "tvd", liger_tvd, tvd_ours, liger_tvd),
-    Peer("TRL top-k with tail", "by formula", "topk_kl_div", trl_topk, topk_ours, trl_topk),
+    Peer("Liger TVD", "by formula of 0.8.5", "tvd", liger_tvd, tvd_ours, liger_tvd),
+    Peer("TRL top-k with tail", "by formula of 1.16.0", "topk_kl_div", trl_topk, topk_ours, trl_topk),
 ]
 
 
@@ -304,14 +307,6 @@ def run(loss: Callable[..., Tensor], student: Tensor, *rest: Any) -> tuple[Tenso
     except Exception as error:
         return type(error).__name__
     return value.detach().double(), gradient.double()
-
-
-def relative(got: Tensor, truth: Tensor) -> float:
-    """Relative error in norm; absolute where the truth is below 1e-8; NaN or inf where `got` has one."""
-    if not torch.isfinite(got).all():
-        return math.nan if torch.isnan(got).any() else math.inf
-    size = truth.norm().item()
-    return (got - truth).norm().item() / (size if size > 1e-8 else 1.0)
 
 
 def errors(result: tuple[Tensor, Tensor] | str, truth: tuple[Tensor, Tensor]) -> list[float] | str:
@@ -364,12 +359,6 @@ def compare(peer: Peer, regime: Regime) -> dict[str, Any] | None:
     }
 
 
-def number(error: float) -> str:
-    if not math.isfinite(error):
-        return "NaN" if math.isnan(error) else "inf"
-    return f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+") if error else "0"
-
-
 def cell(found: list[float] | str) -> str:
     return found if isinstance(found, str) else " / ".join(map(number, found))
 
@@ -399,7 +388,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {note}." for name, note in NOTES.items()),
         "",
-        "Errors relative to float64 (norm; absolute where that is below 1e-8): value / gradient.",
+        f"Errors relative to float64 (norm; absolute where that is below {NEGLIGIBLE:g}): value / gradient.",
         "",
         *lines_of(["peer", "data", "theirs", "ours", "right"], table),
     ]
