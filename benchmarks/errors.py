@@ -19,7 +19,7 @@ def relative(got: Tensor, truth: Tensor) -> float:
 
 
 def number(error: float) -> str:
-    """One digit: 3e-7."""
+    """One digit: 3e-7; 0 for what is below 1e-12."""
     if not math.isfinite(error):
         return "NaN" if math.isnan(error) else "inf"
-    return f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+") if error else "0"
+    return f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+") if error >= 1e-12 else "0"

@@ -73,8 +73,9 @@ def nkd(student: Tensor, teacher: Tensor, labels: Tensor, *, gamma: float, tempe
     log_q_y = F.log_softmax(student, -1).gather(-1, y)
     p_y = F.softmax(teacher, -1).gather(-1, y)
     target = F.one_hot(labels, student.shape[-1]).bool()
-    log_q = F.log_softmax((student / temperature).masked_fill(target, -1e9), -1)
-    p = F.softmax((teacher / temperature).masked_fill(target, -1e9), -1)
+    low = torch.finfo(student.dtype).min / 2  # finite, so that 0 times it is 0
+    log_q = F.log_softmax((student / temperature).masked_fill(target, low), -1)
+    p = F.softmax((teacher / temperature).masked_fill(target, low), -1)
     return -(p_y * log_q_y).mean() - gamma * temperature**2 * (p * log_q).sum(-1).mean()
 
 

@@ -147,9 +147,7 @@ def evaluate(
 
 
 def worst(got: list[tuple[Tensor, Tensor]], truth: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """The largest error of the losses, and of the gradients; NaN is larger than any."""
-    errors = [[relative(*pair) for pair in zip(*rows)] for rows in zip(got, truth)]
-    return [max(column, key=lambda e: (e != e, e)) for column in zip(*errors)]
+    return largest([[relative(*pair) for pair in zip(*rows)] for rows in zip(got, truth)])
 
 
 def measure(op: str, regime: Regime, dtype: torch.dtype) -> dict[str, list[float]]:
@@ -165,8 +163,24 @@ def cell(errors: list[float]) -> str:
     return " / ".join(map(number, errors))
 
 
+def largest(errors: list[list[float]]) -> list[float]:
+    """Of losses, and of gradients; NaN is larger than any."""
+    return [max(column, key=lambda e: (e != e, e)) for column in zip(*errors)]
+
+
+def heads(names: list[str]) -> list[str]:
+    return [name if name == "eager" else f"`{name}`" for name in names]
+
+
 def main() -> None:
-    triton = "triton" in kdkernels.available_backends("cpu") and "triton" in providers(torch.float32)
+    found = {
+        (dtype, regime, op): measure(op, REGIMES[regime], dtype)
+        for dtype in DTYPES
+        for op in OPS
+        for regime in REGIMES
+    }
+    every = providers(torch.float32)
+    triton = "triton" in every
     lines = [
         "# Numerics",
         "",
@@ -177,24 +191,40 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}.",
         "",
         "Loss / gradient: the worst row's error relative to float64 on the same rounded logits, the gradient's in "
-        f'norm (absolute where that is below {NEGLIGIBLE:g}). "eager" is the loss as people write it in PyTorch '
-        "(benchmarks/formulas.py). A half's gradient cannot be nearer than its own rounding, about 2e-4 (float16) or "
-        "2e-3 (bfloat16)." + (" Triton ran in its interpreter." if triton else ""),
+        f'norm (absolute where that is below {number(NEGLIGIBLE)}). "eager" is the loss as people write it in '
+        "PyTorch (benchmarks/formulas.py). A half's gradient cannot be nearer than its own rounding, about 2e-4 "
+        "(float16) or 2e-3 (bfloat16); in float16 the gradients of a near student are so small that they lose digits."
+        + (" Triton ran in its interpreter." if triton else ""),
         "",
         *(f"- {name}: {regime.note}." for name, regime in REGIMES.items()),
+        "",
+        "## The worst of all losses",
+        "",
     ]
+    rows = []
+    for dtype in DTYPES:
+        for regime in REGIMES:
+            row = [short(dtype), regime]
+            for name in every:
+                present = name in providers(dtype)
+                row.append(cell(largest([found[dtype, regime, op][name] for op in OPS])) if present else "–")
+            rows.append(row)
+    lines += lines_of(["dtype", "data", *heads(every)], rows)
     for dtype in DTYPES:
         names = providers(dtype)
-        rows = []
-        for op in OPS:
-            for name, regime in REGIMES.items():
-                found = measure(op, regime, dtype)
-                rows.append([f"`{op}`", name, *(cell(found[provider]) for provider in names)])
-        lines += ["", f"## {str(dtype).removeprefix('torch.')}", ""]
-        lines += lines_of(["loss", "data", *(n if n == "eager" else f"`{n}`" for n in names)], rows)
+        rows = [
+            [f"`{op}`", regime, *(cell(found[dtype, regime, op][name]) for name in names)]
+            for op in OPS
+            for regime in REGIMES
+        ]
+        lines += ["", f"## {short(dtype)}", "", *lines_of(["loss", "data", *heads(names)], rows)]
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text("\n".join(lines) + "\n")
     print(FILE)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -370,7 +370,9 @@ def markdown(result: dict[str, Any]) -> str:
     for row in rows:
         cells = row["regimes"]
         marks = [mark[cells[r]["right"]] if cells[r] else "–" for r in REGIMES]
-        matrix.append([row["name"], row["how"], f"`{row['loss']}`", *map(number, row["same_loss"]), *marks])
+        matrix.append(
+            [row["name"], row["how"], f"`{row['loss']}`", *(f"{x:.0e}" for x in row["same_loss"]), *marks]
+        )
         table += [
             [row["name"], name, cell(found["theirs"]), cell(found["ours"]), mark[found["right"]]]
             for name, found in cells.items()
@@ -388,7 +390,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {note}." for name, note in NOTES.items()),
         "",
-        f"Errors relative to float64 (norm; absolute where that is below {NEGLIGIBLE:g}): value / gradient.",
+        f"Errors relative to float64 (norm; absolute where that is below {number(NEGLIGIBLE)}): value / gradient.",
         "",
         *lines_of(["peer", "data", "theirs", "ours", "right"], table),
     ]
