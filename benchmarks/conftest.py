@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 import kdkernels
 from benchmarks import peers
+
+# How busy the machine was before anything ran here: on one that is not idle even the ratios are worthless.
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -25,6 +29,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         torch=torch.__version__,
         kdkernels=kdkernels.__version__,
         peers=peers.versions(),
+        load=LOAD,
     )
 
 

@@ -78,11 +78,13 @@ def table(result: dict[str, Any]) -> str:
     machine, cells = result["machine_info"], timings(result)
     backends, others = present(cells, BACKENDS), peers_in(cells)
     commit = result["commit_info"]["id"][:12] + (" + changes" if result["commit_info"].get("dirty") else "")
+    load = machine.get("load")
+    load = "" if load is None else f"; load before the run {load:.1f}"
     versions = "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items())
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['capability']}), GPU: {machine['gpu']}; "
         f"Python {machine['python']}, torch {machine['torch']}, kdkernels {machine['kdkernels']}"
-        f"{versions}, commit {commit}, {result['datetime'][:10]}.",
+        f"{versions}, commit {commit}, {result['datetime'][:10]}{load}.",
         "",
         "Medians in ms of interleaved runs; × is against the better of eager and compile, bold where ours is the "
         "slower; the share is of the copy bandwidth measured in the same rounds (every input read once, and the "
