@@ -134,8 +134,9 @@ def table(result: dict[str, Any]) -> str:
 def readme(result: dict[str, Any]) -> str:
     """Forward + backward of what a user would choose from: the baselines, the peers, the first backend of ours."""
     cells = [cell for cell in timings(result) if cell["what"] == "forward+backward"]
-    others = peers_in(cells)
-    [ours] = present(cells, BACKENDS)[:1]
+    if not cells:
+        return "No cell with forward + backward.\n"
+    others, ours = peers_in(cells), present(cells, BACKENDS)[0]
     header = [
         "loss",
         "rows × classes",
