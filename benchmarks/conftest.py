@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 import kdkernels
+from benchmarks import peers
+
+# How busy the machine was before anything ran here: on one that is not idle even the ratios are worthless.
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -23,6 +28,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         python=platform.python_version(),
         torch=torch.__version__,
         kdkernels=kdkernels.__version__,
+        peers=peers.versions(),
+        load=LOAD,
     )
 
 
@@ -37,3 +44,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if "median_ms" in cell
         )
         terminalreporter.write_line(f"{info['cell']}: {', '.join(parts)} ms")
+    absent = {name: why for bench in cells for name, why in bench.extra_info["absent"].items()}
+    for name, why in sorted(absent.items()):
+        terminalreporter.write_line(f"{name} was not measured: {why}")
