@@ -111,6 +111,7 @@ struct Factor {
   float high;
   float low;
 
+  Factor() = default;
   KDK_DEVICE explicit Factor(double value) {
     high = static_cast<float>(value) * (1 - 0x1p-22f);
     low = static_cast<float>(value - high);
@@ -145,8 +146,8 @@ struct OnlineSoftmax {
   float sums[K] = {};
   float lost[K] = {};
 
-  template <typename Factor>
-  KDK_DEVICE explicit OnlineSoftmax(const Factor (&factors)[K]) {
+  template <typename F>
+  KDK_DEVICE explicit OnlineSoftmax(const F (&factors)[K]) {
     float largest = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) largest = fmaxf(largest, to_float(factors[k]));
@@ -162,8 +163,8 @@ struct OnlineSoftmax {
   KDK_DEVICE void start_at_max() { reference = fmaxf(max, -FLT_MAX); }
 
   // The sums at the first `active` factors.
-  template <int V, typename Factor>
-  KDK_DEVICE void add(const float (&x)[V], const Factor (&factors)[K], int active) {
+  template <int V, typename F>
+  KDK_DEVICE void add(const float (&x)[V], const F (&factors)[K], int active) {
     const float packet_max = max_of(x);
     if (packet_max > reference + room) {
 #pragma unroll
@@ -188,8 +189,8 @@ struct OnlineSoftmax {
   }
 
   // Relative to `max`, which by now is the row's.
-  template <typename Factor>
-  KDK_DEVICE double sum(int k, const Factor (&factors)[K]) const {
+  template <typename F>
+  KDK_DEVICE double sum(int k, const F (&factors)[K]) const {
     const double all = static_cast<double>(sums[k]) - lost[k];
     if (reference == max || max == -INFINITY) return all;
     const double distance = static_cast<double>(reference) - max;
@@ -197,7 +198,7 @@ struct OnlineSoftmax {
   }
 
   static KDK_DEVICE double factor_value(float factor) { return factor; }
-  static KDK_DEVICE double factor_value(const ::kdkernels::cuda::Factor& factor) {
+  static KDK_DEVICE double factor_value(Factor factor) {
     return static_cast<double>(factor.high) + factor.low;
   }
 };

@@ -18,6 +18,7 @@ template <typename T, int V, bool kIsPair, typename TeamOf, int kCapacity>
 struct RegisterRow {
   using Team = TeamOf;
   static constexpr bool kPair = kIsPair;
+  static constexpr int kLanes = V;
   static constexpr bool kInRegisters = true;
   static constexpr int kMaxThreads = 128;
   static constexpr int kMaxClasses = kCapacity;
@@ -41,13 +42,26 @@ struct RegisterRow {
 
   template <typename F>
   KDK_DEVICE void visit(F f) const {
+    visit_as([](const Packet<T, V>& x) { return x; }, f);
+  }
+
+  // For an f that computes much: nothing is kept in registers from an earlier visit.
+  template <typename F>
+  KDK_DEVICE void visit_anew(F f) const {
+    visit_as([](const Packet<T, V>& x) { return anew(x); }, f);
+  }
+
+ private:
+  template <typename Get, typename F>
+  KDK_DEVICE void visit_as(Get get, F f) const {
 #pragma unroll
     for (int k = 0; k < kPackets; ++k) {
       // The same for the whole team: a short row skips the packets it does not reach.
       if (k * kTeamSize < layout.count) {
         float s[V], t[V];
-        to_floats(input[k], s);
-        to_floats(kPair ? target[k] : input[k], t);
+        const Packet<T, V> x = get(input[k]);
+        to_floats(x, s);
+        to_floats(kPair ? get(target[k]) : x, t);
         f(k * kTeamSize + team.rank(), s, t);
       }
     }
@@ -59,6 +73,7 @@ template <typename T, int V, bool kIsPair>
 struct MemoryRow {
   using Team = BlockTeam;
   static constexpr bool kPair = kIsPair;
+  static constexpr int kLanes = V;
   static constexpr bool kInRegisters = false;
   static constexpr int kMaxThreads = 512;
   // Loads of several packets are issued before the first is used, to cover the latency of memory.
@@ -80,6 +95,19 @@ struct MemoryRow {
 
   template <typename F>
   KDK_DEVICE void visit(F f) const {
+    visit_in_flight<kInFlight>(f);
+  }
+
+  // For an f that computes much, and so covers that latency by itself.
+  template <typename F>
+  KDK_DEVICE void visit_anew(F f) const {
+    visit_in_flight<1>(f);
+  }
+
+ private:
+  template <int kInFlight, typename F>
+  KDK_DEVICE void visit_in_flight(F f) const {
+#pragma unroll 1
     for (int first = team.rank(); first < layout.count; first += kInFlight * team.size()) {
       Packet<T, V> input[kInFlight], target[kInFlight];
 #pragma unroll
@@ -101,9 +129,9 @@ struct MemoryRow {
 // The row's maxima and this thread's share of its sums: q of the inputs, p of the targets, each at
 // the first so many of its factors. One visit of a row in memory; in registers one more finds the
 // maxima first.
-template <typename Row, typename Factor, int K, int L>
-KDK_DEVICE void visit_sums(const Row& row, OnlineSoftmax<K>& q, const Factor (&q_factors)[K],
-                           int q_active, OnlineSoftmax<L>& p, const Factor (&p_factors)[L]) {
+template <typename Row, typename F, int K, int L>
+KDK_DEVICE void visit_sums(const Row& row, OnlineSoftmax<K>& q, const F (&q_factors)[K],
+                           int q_active, OnlineSoftmax<L>& p, const F (&p_factors)[L]) {
   if constexpr (Row::kInRegisters) {
     row.visit([&](int, const auto& s, const auto& t) {
       q.look(s);
