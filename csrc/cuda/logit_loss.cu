@@ -264,8 +264,8 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
       input_max, target_max, input_inverse, target_inverse,
       input_alone || target_alone ? 0.0f : log_ratio(target_sum, input_sum));
   const float inverse = static_cast<float>(input_inverse);
-  const float input_log_sum = log_of_sum(input_sum);
-  const float target_log_sum = log_of_sum(target_sum);
+  const float input_log_sum = input_alone ? 0.0f : log_of_sum(input_sum);
+  const float target_log_sum = target_alone ? 0.0f : log_of_sum(target_sum);
   const auto minus_log_q = [&](float s) { return input_log_sum - (s - input_max) * inverse; };
   const auto minus_log_p = [&](float t) {
     return target_log_sum - (t - target_max) * static_cast<float>(target_inverse);
@@ -284,7 +284,8 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
         input_alone || target_alone ? u_p - u_q : log_ratio_of(label_input, label_target);
     const BernoulliTerm<float> term = bernoulli_term(u_p, u_q, d, reverse);
     label_loss = first * term.loss;
-    label_slope = first * term.gradient;
+    // Nothing moves a label that is certain of the input.
+    label_slope = u_q - u_q == 0 ? first * term.gradient : 0.0f;
   }
   if (kNormalized && first != 0) {
     const Softmax one_p(p_sums.max, sums[kRaw + kTargetSums], label_target, target_one);
@@ -324,7 +325,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   const bool flat = standardize && spreads[0].flat;
   const float soft_gain = flat || kStatistics ? 0.0f : scale * soft_scale * inverse;
   const float others_gain = soft_gain * (kLabelled ? second : 1.0f);
-  const bool others = kPair && counts && others_gain != 0;
+  const bool others = kPair && counts && !input_alone && others_gain != 0;
   const float label_gain =
       flat ? 0.0f : label_slope * (kDecoupled ? soft_gain : scale * static_cast<float>(input_one));
   const float lse = raw_q.max + raw_q.log_sum;
@@ -346,6 +347,9 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
 
   const bool moments =
       kPair && (params.grad_input_temperature != nullptr || (standardize && grad_input != nullptr));
+  // A logit of -inf is not moved by temperature or standard deviation: as if it were 0.
+  const float z_of_minus_infinity =
+      (standardize ? static_cast<float>(spreads[0].mean) : 0.0f) - input_max;
   const bool writes_at_once = grad_input != nullptr && direct && !standardize;
   float live = static_cast<float>(params.classes);  // logits that are not -inf: all, until counted
   float mean_slope = 0, spread_gain = 0;
@@ -391,8 +395,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
         if (moments) {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            // A logit of -inf has no part in the temperature's gradient.
-            moment.add(weight[i], q[i], z[i] > -INFINITY ? z[i] : 0.0f);
+            moment.add(weight[i], q[i], z[i] > -INFINITY ? z[i] : z_of_minus_infinity);
           }
         } else {
 #pragma unroll
@@ -467,7 +470,8 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
       double moment_sum = shares[5] - shares[4] * shares[6];
       if constexpr (kLabelled) moment_sum = counts ? second * moment_sum : 0;
       if (kDecoupled && label_slope != 0) {
-        const float label_z = label_input > -INFINITY ? label_input - input_max : 0.0f;
+        const float label_z =
+            label_input > -INFINITY ? label_input - input_max : z_of_minus_infinity;
         moment_sum += label_slope * (label_z - shares[6]);
       }
       const float soft_moment = flat ? 0.0f : soft_scale * inverse * static_cast<float>(moment_sum);

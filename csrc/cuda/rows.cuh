@@ -34,20 +34,36 @@ struct RegisterRow {
                          Team team)
       : layout(layout), team(team) {
 #pragma unroll
-    for (int k = 0; k < kPackets; ++k) {
-      input[k] = layout.load(input_row, k * kTeamSize + team.rank());
-      if constexpr (kPair) target[k] = layout.load(target_row, k * kTeamSize + team.rank());
+    for (int n = 0; n < kPackets; ++n) {
+      input[n] = layout.load(input_row, packet(n));
+      if constexpr (kPair) target[n] = layout.load(target_row, packet(n));
     }
   }
 
+  KDK_DEVICE void load_target(const T* target_row) {
+#pragma unroll
+    for (int n = 0; n < kPackets; ++n) target[n] = layout.load(target_row, packet(n));
+  }
+
+  // This thread's packet n.
+  KDK_DEVICE int packet(int n) const { return n * kTeamSize + team.rank(); }
+
   template <typename F>
   KDK_DEVICE void visit(F f) const {
-    visit_as([](const Packet<T, V>& x) { return x; }, f);
+    visit_as([](const Packet<T, V>& x) { return x; },
+             [&](int n, const auto& s, const auto& t) { f(packet(n), s, t); });
   }
 
   // For an f that computes much: nothing is kept in registers from an earlier visit.
   template <typename F>
   KDK_DEVICE void visit_anew(F f) const {
+    visit_as([](const Packet<T, V>& x) { return anew(x); },
+             [&](int n, const auto& s, const auto& t) { f(packet(n), s, t); });
+  }
+
+  // Calls f(n, inputs, targets): n, a constant, numbers this thread's packets.
+  template <typename F>
+  KDK_DEVICE void visit_numbered(F f) const {
     visit_as([](const Packet<T, V>& x) { return anew(x); }, f);
   }
 
@@ -55,14 +71,14 @@ struct RegisterRow {
   template <typename Get, typename F>
   KDK_DEVICE void visit_as(Get get, F f) const {
 #pragma unroll
-    for (int k = 0; k < kPackets; ++k) {
+    for (int n = 0; n < kPackets; ++n) {
       // The same for the whole team: a short row skips the packets it does not reach.
-      if (k * kTeamSize < layout.count) {
+      if (n * kTeamSize < layout.count) {
         float s[V], t[V];
-        const Packet<T, V> x = get(input[k]);
+        const Packet<T, V> x = get(input[n]);
         to_floats(x, s);
-        to_floats(kPair ? get(target[k]) : x, t);
-        f(k * kTeamSize + team.rank(), s, t);
+        to_floats(kPair ? get(target[n]) : x, t);
+        f(n, s, t);
       }
     }
   }
