@@ -168,7 +168,7 @@ KDK_DEVICE void topk_kl_div_row(const TopkKlDivParams& params, int64_t r, BlockT
   // Q's logarithms are (s - input_max) / T - input_log_sum, P's log_probs - target_log_sum.
   const float input_max = renormalize ? inside.max : fmaxf(inside.max, outside.max);
   const auto share_at_max = [&](double sum, float of_max) {
-    return sum * exp2(static_cast<double>(of_max - input_max) * inverse * kLog2E);
+    return sum * exp2((static_cast<double>(of_max) - input_max) * inverse * kLog2E);
   };
   const double outside_sum = renormalize ? 0 : share_at_max(sums[1], outside.max);
   const double input_sum = share_at_max(sums[0], inside.max) + outside_sum;
@@ -178,7 +178,7 @@ KDK_DEVICE void topk_kl_div_row(const TopkKlDivParams& params, int64_t r, BlockT
   const auto entry_of = [&](int i) -> Entry {
     const int j = static_cast<int>(indices[i]);
     const float s = to_float(input_row[j]);
-    const double log_q = static_cast<double>(s - input_max) * inverse - input_log_sum;
+    const double log_q = (static_cast<double>(s) - input_max) * inverse - input_log_sum;
     const double log_p = log_probs[i] - target_log_sum;
     return {j, s, static_cast<float>(log_p - log_q), expf(static_cast<float>(log_p)),
             expf(static_cast<float>(log_q))};
@@ -190,7 +190,7 @@ KDK_DEVICE void topk_kl_div_row(const TopkKlDivParams& params, int64_t r, BlockT
   const double q_rest = outside_sum / input_sum;
   const double mass_less_1 = p_rest > 0 || renormalize ? 0 : target_sum - 1;
   const double log_q_rest =
-      static_cast<double>(outside.max - input_max) * inverse + log(sums[1]) - input_log_sum;
+      (static_cast<double>(outside.max) - input_max) * inverse + log(sums[1]) - input_log_sum;
   const double delta_rest = p_rest > 0 ? log(p_rest) - log_q_rest : 0;
   KlTerm<double> rest = {0, 0};
   if (p_rest > 0) {
