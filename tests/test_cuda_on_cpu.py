@@ -559,7 +559,7 @@ OTHER_LAYOUTS = {
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_logit_loss_layouts(kernels, divergence, layout):
     (offset, padding), (target_offset, target_padding), (grad_offset, grad_padding) = OTHER_LAYOUTS[layout]
-    for classes in (7, 127, 250, 1018, 1024, 2049):
+    for classes in (7, 250, 1018, 2049):
         for dtype in (torch.float32, torch.bfloat16):
             s, t = logits(3, classes, dtype, seed=1)
             y = torch.tensor([0, classes - 1, classes // 2])
@@ -723,16 +723,22 @@ def several(teachers, rows, classes, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
-@pytest.mark.parametrize("teachers", [2, 5, 16])
+@pytest.mark.parametrize("teachers", [2, 5])
 def test_multi_teacher_kl_div_layouts(kernels, teachers, layout):
     (offset, padding), (target_offset, target_padding), (grad_offset, _) = OTHER_LAYOUTS[layout]
-    for classes in (7, 127, 250, 1018, 1024, 2049):
+    for classes in (7, 250, 1018, 2049):
         for dtype in (torch.float32, torch.bfloat16):
             s = place(logits(3, classes, dtype, seed=1000)[0], offset=offset, padding=padding)
             targets = several(teachers, 3, classes, dtype)
             targets = [place(t, offset=target_offset, padding=target_padding) for t in targets]
             got = run_multi_teacher(kernels, s, targets, offset=grad_offset)
             assert_like(got, multi_teacher_formula(s, targets), 16)
+
+
+@pytest.mark.parametrize("classes", [100, 2049])
+def test_multi_teacher_kl_div_most_teachers(kernels, classes):
+    s, targets = logits(2, classes, seed=1000)[0], several(MAX_TEACHERS, 2, classes)
+    assert_like(run_multi_teacher(kernels, s, targets), multi_teacher_formula(s, targets), 16)
 
 
 @pytest.mark.parametrize("classes", [5, 100, 1000, 2049])
