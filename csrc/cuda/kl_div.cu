@@ -4,9 +4,7 @@
 //   sweep 2  loss = sum_j P_j (D_j + e^-D_j - 1), grad_input_j, the input temperature's moment
 //   sweep 3  grad_target_j and the target temperature's moment, which need the loss; if asked for
 //
-// A warp keeps a short row in registers, so that memory is read once; a block shares a long row,
-// and later sweeps read it again, mostly from L2. Elements move in 16-byte packets where all
-// tensors' rows sit alike with respect to 16-byte boundaries, one by one otherwise.
+// How a row is held, and what is read again: rows.cuh.
 #include "rows.cuh"
 
 namespace kdkernels::cuda {
