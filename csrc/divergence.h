@@ -162,23 +162,19 @@ KDK_INLINE T bernoulli_kl(T u_p, T u_q, T d) {
          kl_term(p.off, q.off, bernoulli_log_ratio(-u_p, -u_q, q.on, -d)).excess;
 }
 
-// KL(b_P||b_Q), of logits u_p and u_q; d = u_p - u_q comes from the caller, who can difference
-// first. Infinite logits are legal.
+// KL(b_P||b_Q) or, in reverse, KL(b_Q||b_P), of logits u_p and u_q; d = u_p - u_q comes from the
+// caller, who can difference first. Infinite logits are legal.
 template <typename T>
-KDK_INLINE BernoulliTerm<T> bernoulli_kl_term(T u_p, T u_q, T d) {
+KDK_INLINE BernoulliTerm<T> bernoulli_term(T u_p, T u_q, T d, bool reverse) {
   const Bernoulli<T> p(u_p), q(u_q);
-  const T difference =
-      d <= T(0) ? -q.on * p.off * std::expm1(d) : p.on * q.off * std::expm1(-d);  // Q_y - P_y
-  const bool both_certain = u_p == u_q && u_p - u_q != T(0);  // inf - inf is NaN
-  return {bernoulli_kl(u_p, u_q, d), both_certain ? T(0) : difference};
-}
-
-// KL(b_Q||b_P).
-template <typename T>
-KDK_INLINE BernoulliTerm<T> bernoulli_reverse_kl_term(T u_p, T u_q, T d) {
-  const Bernoulli<T> q(u_q);
+  const T loss = bernoulli_kl(reverse ? u_q : u_p, reverse ? u_p : u_q, reverse ? -d : d);
   const T variance = q.on * q.off;
-  return {bernoulli_kl(u_q, u_p, -d), variance == T(0) ? T(0) : -variance * d};
+  const T reverse_gradient = variance == T(0) ? T(0) : -variance * d;
+  // Q_y - P_y.
+  const T change = std::expm1(d > T(0) ? -d : d);
+  const T difference = (d > T(0) ? p.on * q.off : -q.on * p.off) * change;
+  const bool both_certain = u_p == u_q && u_p - u_q != T(0);  // inf - inf is NaN
+  return {loss, reverse ? reverse_gradient : both_certain ? T(0) : difference};
 }
 
 }  // namespace kdkernels

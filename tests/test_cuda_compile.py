@@ -109,5 +109,6 @@ def test_links(compiled, tmp_path):
     library = tmp_path / "kernels.so"
     nvcc("-shared", *(c.object for c in compiled.values()), "-o", library)
     symbols = subprocess.run(["nm", "-DC", library], capture_output=True, text=True, check=True).stdout
-    for name in ("kl_div", "scale_rows", "error_string"):
+    kernels = ("kl_div", "logit_loss", "multi_teacher_kl_div", "scale_rows", "topk_kl_div")
+    for name in (*kernels, "error_string"):
         assert f"T kdkernels::cuda::{name}(" in symbols

@@ -46,6 +46,48 @@ class ScaleRowsParams(ctypes.Structure):
     )
 
 
+class LogitLossParams(ctypes.Structure):
+    _fields_ = (
+        *fields(ctypes.c_void_p, "input", "target", "labels", "input_temperature", "target_temperature"),
+        *fields(ctypes.c_void_p, "soft_scale", "row_scale", "mask"),
+        *fields(ctypes.c_void_p, "loss", "terms", "grad_input", "grad_input_temperature"),
+        *fields(ctypes.c_double, "input_temperature_value", "target_temperature_value", "soft_scale_value"),
+        *fields(ctypes.c_double, "scale", "first", "second", "mix"),
+        *fields(ctypes.c_double, "hard_weight", "label_smoothing", "z_loss"),
+        *fields(ctypes.c_int64, "rows", "classes", "input_stride", "target_stride", "grad_stride"),
+        *fields(ctypes.c_int32, "divergence"),
+        *fields(ctypes.c_bool, "standardize"),
+        *fields(ctypes.c_int32, "dtype"),
+    )
+
+
+class TopkKlDivParams(ctypes.Structure):
+    _fields_ = (
+        *fields(ctypes.c_void_p, "input", "log_probs", "indices", "input_temperature", "row_scale", "mask"),
+        *fields(ctypes.c_void_p, "loss", "grad_input", "grad_log_probs", "grad_input_temperature"),
+        *fields(ctypes.c_double, "input_temperature_value", "scale"),
+        *fields(ctypes.c_int64, "rows", "classes", "k", "input_stride", "grad_stride"),
+        *fields(ctypes.c_int32, "tail", "dtype"),
+    )
+
+
+MAX_TEACHERS = 16
+
+
+class MultiTeacherKlDivParams(ctypes.Structure):
+    _fields_ = (
+        *fields(ctypes.c_void_p, "input"),
+        ("targets", ctypes.c_void_p * MAX_TEACHERS),
+        ("target_strides", ctypes.c_int64 * MAX_TEACHERS),
+        *fields(ctypes.c_void_p, "temperature", "weight", "teacher_mask", "mask"),
+        *fields(ctypes.c_void_p, "loss", "losses", "grad_input"),
+        *fields(ctypes.c_double * MAX_TEACHERS, "temperature_values", "weight_values"),
+        *fields(ctypes.c_int64 * 2, "temperature_strides", "weight_strides", "teacher_mask_strides"),
+        *fields(ctypes.c_int64, "rows", "classes", "teachers", "input_stride"),
+        *fields(ctypes.c_int32, "dtype"),
+    )
+
+
 @pytest.fixture(scope="session")
 def kernels():
     sources = [HERE / "executor_kernels.cu", HERE / "shim.cpp"]
@@ -384,6 +426,339 @@ def test_kl_div_refuses(kernels):
     assert kernels.kdk_error_string(1) == b"invalid argument"
     params.dtype, params.rows = 0, 0
     assert kernels.kdk_kl_div(ctypes.byref(params)) == 0
+
+
+def guarded(rows, classes, dtype, *, offset=0, padding=0):
+    """An output (rows, classes), rows `padding` apart, and a check that nothing beside it was written."""
+    whole = Guarded(rows, classes + padding, dtype=dtype, offset=offset)
+    view = whole.value[:, :classes]
+
+    def checked():
+        assert whole.checked()[:, classes:].isnan().all(), "wrote between its rows"
+        return view
+
+    return view, checked
+
+
+DIVERGENCES = [
+    "none", "kl", "reverse_kl", "mixture", "total_variation", "decoupled", "reverse_decoupled", "normalized",
+    "reverse_normalized", "statistics",
+]  # fmt: skip
+FIRST, SECOND, MIX = 0.6, 1.3, 0.3
+HARD, SMOOTHING, Z_LOSS = 0.5, 0.1, 0.01
+SOFT_SCALE, SCALE = 0.9, 0.7
+
+
+def run_logit_loss(kernels, divergence, s, t, y, *, standardize=False, mask=None, offset=0, padding=0):
+    """Every output, by name, at temperatures 2 and 3, with cross-entropy and z-loss."""
+    rows, classes = s.shape
+    params = LogitLossParams(input=pointer(s), labels=pointer(y), mask=pointer(mask))
+    if divergence != "none":
+        params.target, params.target_stride = pointer(t), t.stride(0)
+    params.rows, params.classes, params.dtype = rows, classes, CODES[s.dtype]
+    params.input_stride, params.grad_stride = s.stride(0), classes + padding
+    params.input_temperature_value, params.target_temperature_value = 2.0, 3.0
+    params.soft_scale_value, params.scale = SOFT_SCALE, SCALE
+    params.first, params.second, params.mix = FIRST, SECOND, MIX
+    params.hard_weight, params.label_smoothing, params.z_loss = HARD, SMOOTHING, Z_LOSS
+    params.divergence, params.standardize = DIVERGENCES.index(divergence), standardize
+    loss, terms, of_temperature = Guarded(rows), Guarded(4, rows), Guarded(rows)
+    params.loss, params.terms = pointer(loss.value), pointer(terms.value)
+    params.grad_input_temperature = pointer(of_temperature.value)
+    gradient, checked = guarded(rows, classes, s.dtype, offset=offset, padding=padding)
+    params.grad_input = pointer(gradient)
+    error = kernels.kdk_logit_loss(ctypes.byref(params))
+    assert error == 0, kernels.kdk_error_string(error).decode()
+    return {
+        "loss": loss.checked(),
+        "terms": terms.checked(),
+        "grad_input": checked(),
+        "grad_input_temperature": of_temperature.checked(),
+    }
+
+
+def kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def logit_loss_formula(divergence, s, t, y, *, standardize=False):
+    """The same in float64, of finite logits, by the formulas as they are written."""
+    s, t, T = s.double().requires_grad_(), t.double(), torch.full((len(s),), 2.0, dtype=torch.float64)
+    T.requires_grad_()
+    one = [s, t]
+    if standardize:
+        one = [(x - x.mean(1, keepdim=True)) / (1e-7 + x.std(1, keepdim=True)) for x in one]
+    log_q, log_p = torch.log_softmax(one[0] / T[:, None], 1), torch.log_softmax(one[1] / 3, 1)
+    if divergence.startswith("reverse"):
+        log_p, log_q, one = log_q, log_p, one[::-1]
+    kind = divergence.removeprefix("reverse_")
+    p, q, label = log_p.exp(), log_q.exp(), y[:, None]
+    first = zero = 0 * s.sum(1)
+    soft = zero
+    if kind in ("kl", "statistics"):
+        soft = SOFT_SCALE * kl(log_p, log_q)
+    elif kind == "mixture":
+        log_m = (MIX * p + (1 - MIX) * q).log()
+        soft = SOFT_SCALE * (FIRST * kl(log_p, log_m) + SECOND * kl(log_q, log_m))
+    elif kind == "total_variation":
+        soft = SOFT_SCALE * (p - q).abs().sum(1) / 2
+    elif kind in ("decoupled", "normalized"):
+        others = [torch.log_softmax(x.scatter(1, label, -1e9), 1) for x in (log_p, log_q)]
+        if kind == "decoupled":
+            rest = [1 - x.gather(1, label) for x in (p, q)]
+            sides = [
+                torch.cat([x.gather(1, label), r.log()], 1) for x, r in zip((log_p, log_q), rest, strict=True)
+            ]
+            first = SOFT_SCALE * FIRST * kl(*sides)
+            soft = first + SOFT_SCALE * SECOND * kl(*others)
+        else:
+            log_ones = [torch.log_softmax(x, 1).gather(1, label)[:, 0] for x in (one[1], one[0])]
+            first = -FIRST * log_ones[0].exp() * log_ones[1]
+            soft = first - SOFT_SCALE * SECOND * (others[0].exp() * others[1]).sum(1)
+    lse = torch.logsumexp(s, 1)
+    hard = HARD * (lse - (1 - SMOOTHING) * s.gather(1, label)[:, 0] - SMOOTHING * s.mean(1))
+    z = Z_LOSS * lse.square()
+    terms = [soft, hard, z, first]
+    if kind == "statistics":
+        terms = [-(p * log_p).sum(1), -(q * log_q).sum(1), torch.minimum(p, q).sum(1)]
+        terms.append((s.argmax(1) == t.argmax(1)).double())
+    loss = soft + hard + z
+    sources = (zero if kind == "statistics" else soft) + hard + z
+    of_input, of_temperature = torch.autograd.grad((SCALE * sources).sum(), (s, T), allow_unused=True)
+    results = {"loss": loss, "terms": torch.stack(terms)}
+    results = {name: (SCALE * value).detach() for name, value in results.items()}
+    return {
+        **results,
+        "grad_input": of_input,
+        "grad_input_temperature": torch.zeros(len(s)) if of_temperature is None else of_temperature,
+    }
+
+
+def assert_like(got, want, magnitude):
+    """Within 32 roundings of a row's largest value, times the size of the exponents."""
+    for name, value in got.items():
+        truth = want[name].double()
+        size = truth.abs().amax(-1, keepdim=True) if truth.dim() == 2 else truth.abs() + 0.1
+        tolerance = 32 * EPS * magnitude * size + 1e-30
+        if value.dtype != torch.float32:
+            tolerance = tolerance + torch.finfo(value.dtype).eps * 0.51 * truth.abs() + 2.0**-24
+        worst = ((value.double() - truth).abs() / tolerance).max().item()
+        assert worst <= 1, f"{name}: {worst:.3g} tolerances off"
+
+
+OTHER_LAYOUTS = {
+    "aligned": ((0, 0), (0, 0), (0, 0)),
+    "one_element_off": ((1, 0), (1, 0), (1, 0)),
+    "three_off_and_apart": ((3, 8), (3, 16), (3, 8)),
+    "odd_strides": ((0, 1), (0, 3), (0, 5)),
+    "all_different": ((1, 0), (0, 8), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logit_loss_layouts(kernels, divergence, layout):
+    (offset, padding), (target_offset, target_padding), (grad_offset, grad_padding) = OTHER_LAYOUTS[layout]
+    for classes in (7, 250, 1018, 2049):
+        for dtype in (torch.float32, torch.bfloat16):
+            s, t = logits(3, classes, dtype, seed=1)
+            y = torch.tensor([0, classes - 1, classes // 2])
+            s, t = (
+                place(s, offset=offset, padding=padding),
+                place(t, offset=target_offset, padding=target_padding),
+            )
+            for standardize in (False, divergence != "none"):
+                got = run_logit_loss(
+                    kernels,
+                    divergence,
+                    s,
+                    t,
+                    y,
+                    standardize=standardize,
+                    offset=grad_offset,
+                    padding=grad_padding,
+                )
+                assert_like(got, logit_loss_formula(divergence, s, t, y, standardize=standardize), 16)
+
+
+@pytest.mark.parametrize("classes", [5, 100, 1000, 2049])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logit_loss_does_not_depend_on_the_order_of_threads(kernels, divergence, classes, monkeypatch):
+    s, t = logits(5, classes)
+    s[1, ::2] = -math.inf
+    y = torch.tensor([0, 1, 2, classes - 1, classes])  # the last is no class
+    mask = torch.tensor([1, 1, 0, 1, 1], dtype=torch.uint8)
+    for standardize in (False, True):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", "0")
+        first = run_logit_loss(kernels, divergence, s, t, y, standardize=standardize, mask=mask)
+        assert all((value[..., 2] == 0).all() for name, value in first.items() if name != "grad_input")
+        assert (first["grad_input"][2] == 0).all() and first["grad_input"][4].isnan().all()
+        assert first["loss"][4].isnan() and first["terms"][:, 4].isnan().all()
+        for seed in range(1, 5):
+            monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
+            again = run_logit_loss(kernels, divergence, s, t, y, standardize=standardize, mask=mask)
+            for name, value in first.items():
+                assert torch.equal(value.view(torch.int32), again[name].view(torch.int32)), name
+
+
+def run_topk_kl_div(kernels, s, log_probs, indices, tail, *, offset=0, padding=0):
+    rows, classes = s.shape
+    params = TopkKlDivParams(input=pointer(s), log_probs=pointer(log_probs), indices=pointer(indices))
+    params.rows, params.classes, params.k, params.dtype = rows, classes, indices.shape[1], CODES[s.dtype]
+    params.input_stride, params.grad_stride = s.stride(0), classes + padding
+    params.input_temperature_value, params.scale, params.tail = 2.0, SCALE, tail
+    loss, of_temperature, of_log_probs = Guarded(rows), Guarded(rows), Guarded(*indices.shape)
+    params.loss, params.grad_input_temperature = pointer(loss.value), pointer(of_temperature.value)
+    params.grad_log_probs = pointer(of_log_probs.value)
+    gradient, checked = guarded(rows, classes, s.dtype, offset=offset, padding=padding)
+    params.grad_input = pointer(gradient)
+    error = kernels.kdk_topk_kl_div(ctypes.byref(params))
+    assert error == 0, kernels.kdk_error_string(error).decode()
+    return {
+        "loss": loss.checked(),
+        "grad_input": checked(),
+        "grad_log_probs": of_log_probs.checked(),
+        "grad_input_temperature": of_temperature.checked(),
+    }
+
+
+def topk_kl_div_formula(s, log_probs, indices, tail):
+    s, T = s.double().requires_grad_(), torch.full((len(s),), 2.0, dtype=torch.float64, requires_grad=True)
+    log_p = log_probs.double().requires_grad_()
+    log_q = torch.log_softmax(s / T[:, None], 1)
+    inside, left = log_q.gather(1, indices), 0
+    if tail == 0:
+        p_rest = 1 - log_p.exp().sum(1)
+        left = p_rest * (p_rest.log() - torch.logsumexp(log_q.scatter(1, indices, -math.inf), 1))
+    sides = [torch.log_softmax(x, 1) for x in (log_p, inside)] if tail == 1 else [log_p, inside]
+    loss = SCALE * (kl(*sides) + left)
+    names = ("grad_input", "grad_log_probs", "grad_input_temperature")
+    gradients = torch.autograd.grad(loss.sum(), (s, log_p, T))
+    return {"loss": loss.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def topk(t, k):
+    """The k largest log-probabilities of t / 2, shuffled, and their classes."""
+    log_probs, indices = torch.log_softmax(t.double() / 2, 1).topk(k, 1)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+    return log_probs[:, order].float(), indices[:, order].contiguous()
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("tail", [0, 1, 2], ids=["bucket", "renormalize", "drop"])
+def test_topk_kl_div_layouts(kernels, tail, layout):
+    (offset, padding), _, (grad_offset, grad_padding) = OTHER_LAYOUTS[layout]
+    for classes in (7, 127, 1018, 1024, 2049):
+        for k in {5, classes // 2}:
+            for dtype in (torch.float32, torch.bfloat16):
+                s, t = logits(3, classes, dtype)
+                log_probs, indices = topk(t, k)
+                s = place(s, offset=offset, padding=padding)
+                layout_of_grad = {"offset": grad_offset, "padding": grad_padding}
+                got = run_topk_kl_div(kernels, s, log_probs, indices, tail, **layout_of_grad)
+                assert_like(got, topk_kl_div_formula(s, log_probs, indices, tail), 16)
+
+
+def test_topk_kl_div_more_classes_than_marks(kernels):
+    # 2^18 classes have a bit of their own; classes beyond share theirs.
+    s, t = logits(1, 2**18 + 1000, torch.bfloat16)
+    log_probs, indices = topk(t, 40)
+    indices[0, :20] = torch.arange(20) * 40  # so that the same bits stand for classes that are not marked
+    indices[0, 20:] = 2**18 + 7 + torch.arange(20) * 40
+    got = run_topk_kl_div(kernels, s, log_probs, indices, 0)
+    assert_like(got, topk_kl_div_formula(s, log_probs, indices, 0), 16)
+
+
+@pytest.mark.parametrize("classes", [5, 1000, 2049])
+@pytest.mark.parametrize("tail", [0, 1, 2], ids=["bucket", "renormalize", "drop"])
+def test_topk_kl_div_does_not_depend_on_the_order_of_threads(kernels, tail, classes, monkeypatch):
+    s, t = logits(3, classes)
+    log_probs, indices = topk(t, classes // 2)
+    indices[1, 0] = -1  # no class
+    first = run_topk_kl_div(kernels, s, log_probs, indices, tail)
+    assert all(value[1].isnan().all() and value[[0, 2]].isfinite().all() for value in first.values())
+    for seed in range(1, 9):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
+        again = run_topk_kl_div(kernels, s, log_probs, indices, tail)
+        for name, value in first.items():
+            assert torch.equal(value.view(torch.int32), again[name].view(torch.int32)), name
+
+
+def run_multi_teacher(kernels, s, teachers, *, offset=0):
+    """At temperatures 2, 2.5, ... and weights 1, 1/2, ...; the second teacher does not know row 1."""
+    rows, classes = s.shape
+    params = MultiTeacherKlDivParams(input=pointer(s))
+    unknown = torch.ones(len(teachers), rows, dtype=torch.uint8)
+    unknown[1, 1] = 0
+    for k, t in enumerate(teachers):
+        params.targets[k], params.target_strides[k] = pointer(t), t.stride(0)
+        params.temperature_values[k], params.weight_values[k] = 2 + k / 2, 1 / (k + 1)
+    params.teacher_mask, params.teacher_mask_strides[:] = pointer(unknown), (rows, 1)
+    params.rows, params.classes, params.teachers = rows, classes, len(teachers)
+    params.input_stride, params.dtype = s.stride(0), CODES[s.dtype]
+    loss, losses = Guarded(rows), Guarded(len(teachers), rows)
+    gradient, checked = guarded(rows, classes, s.dtype, offset=offset)
+    params.loss, params.losses, params.grad_input = (pointer(x) for x in (loss.value, losses.value, gradient))
+    error = kernels.kdk_multi_teacher_kl_div(ctypes.byref(params))
+    assert error == 0, kernels.kdk_error_string(error).decode()
+    return {"loss": loss.checked(), "losses": losses.checked(), "grad_input": checked()}
+
+
+def multi_teacher_formula(s, teachers):
+    s, losses = s.double().requires_grad_(), []
+    loss = 0
+    for k, t in enumerate(teachers):
+        T = 2 + k / 2
+        each = kl(torch.log_softmax(t.double() / T, 1), torch.log_softmax(s / T, 1))
+        if k == 1:
+            each = each * (torch.arange(len(s)) != 1)
+        losses.append(each.detach())
+        loss = loss + each / (k + 1)
+    (gradient,) = torch.autograd.grad(loss.sum(), s)
+    return {"loss": loss.detach(), "losses": torch.stack(losses), "grad_input": gradient}
+
+
+def several(teachers, rows, classes, dtype=torch.float32):
+    return [logits(rows, classes, dtype, seed=7 * k)[1] for k in range(teachers)]
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("teachers", [2, 5])
+def test_multi_teacher_kl_div_layouts(kernels, teachers, layout):
+    (offset, padding), (target_offset, target_padding), (grad_offset, _) = OTHER_LAYOUTS[layout]
+    for classes in (7, 250, 1018, 2049):
+        for dtype in (torch.float32, torch.bfloat16):
+            s = place(logits(3, classes, dtype, seed=1000)[0], offset=offset, padding=padding)
+            targets = several(teachers, 3, classes, dtype)
+            targets = [place(t, offset=target_offset, padding=target_padding) for t in targets]
+            got = run_multi_teacher(kernels, s, targets, offset=grad_offset)
+            assert_like(got, multi_teacher_formula(s, targets), 16)
+
+
+@pytest.mark.parametrize("classes", [100, 2049])
+def test_multi_teacher_kl_div_most_teachers(kernels, classes):
+    s, targets = logits(2, classes, seed=1000)[0], several(MAX_TEACHERS, 2, classes)
+    assert_like(run_multi_teacher(kernels, s, targets), multi_teacher_formula(s, targets), 16)
+
+
+@pytest.mark.parametrize("classes", [5, 100, 1000, 2049])
+def test_multi_teacher_kl_div_does_not_depend_on_the_order_of_threads(kernels, classes, monkeypatch):
+    s, targets = logits(5, classes, seed=1000)[0], several(3, 5, classes)
+    first = run_multi_teacher(kernels, s, targets)
+    for seed in range(1, 9):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
+        again = run_multi_teacher(kernels, s, targets)
+        for name, value in first.items():
+            assert torch.equal(value.view(torch.int32), again[name].view(torch.int32)), name
+
+
+@pytest.mark.parametrize("name", ["logit_loss", "multi_teacher_kl_div", "topk_kl_div"])
+def test_others_refuse(kernels, name):
+    kind = {"logit_loss": LogitLossParams, "topk_kl_div": TopkKlDivParams}.get(name, MultiTeacherKlDivParams)
+    params = kind(rows=2, classes=8, dtype=CODES[torch.float64])
+    assert getattr(kernels, f"kdk_{name}")(ctypes.byref(params)) == 1
+    params.dtype, params.rows = 0, 0
+    assert getattr(kernels, f"kdk_{name}")(ctypes.byref(params)) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -115,6 +115,22 @@ struct alignas(sizeof(T) * V) Packet {
   T elements[V];
 };
 
+// The same packet, in a way that hides where it came from: what is computed from it is computed
+// here, rather than kept in registers since the same was last computed.
+template <typename T, int V>
+KDK_DEVICE Packet<T, V> anew(Packet<T, V> x) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(x) % sizeof(uint32_t) == 0) {
+    uint32_t words[sizeof(x) / sizeof(uint32_t)];
+    memcpy(words, &x, sizeof(x));
+#pragma unroll
+    for (uint32_t& word : words) asm volatile("" : "+r"(word));
+    memcpy(&x, words, sizeof(x));
+  }
+#endif
+  return x;
+}
+
 // How a row is cut into packets. With V = 1 every row is aligned and no packet is partial.
 template <typename T, int V>
 struct PacketLayout {

@@ -138,4 +138,11 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, CUDA_ON_
   return cuda_on_cpu::shuffle(mask, value, later ? lane : source, "__shfl_xor_sync", {file, line});
 }
 
+// Fibers change places at barriers and warp operations only.
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
+  return old;
+}
+
 #undef CUDA_ON_CPU_SITE

@@ -1,8 +1,9 @@
 // The kernels under AddressSanitizer and UBSan, each tensor in an allocation of exactly its size.
 //
 // `program kernels` runs kl_div and scale_rows over shapes and alignments and compares with a
-// double reference; `program shared_overflow` and `program global_overflow` must be stopped by the
-// sanitizer.
+// double reference; of the other kernels, which the Python tests compare, it looks whether all they
+// should write is finite. `program shared_overflow` and `program global_overflow` must be stopped
+// by the sanitizer.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -140,6 +141,182 @@ void check_kl_div(DType dtype, int classes, int padding, int input_offset, int o
   }
 }
 
+// Logits in [-4, 4).
+struct Random {
+  uint32_t state = 1;
+  float operator()() {
+    return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-21f - 4;
+  }
+  template <typename T>
+  void fill(Matrix<T>& matrix, int rows, int classes) {
+    for (int r = 0; r < rows; ++r) {
+      for (int j = 0; j < classes; ++j) set(matrix.at(r, j), (*this)());
+    }
+  }
+};
+
+// Row 1 is masked.
+constexpr int kRows = 3;
+const uint8_t kMask[kRows] = {1, 0, 1};
+
+void expect_row(const char* what, int classes, int r, double value) {
+  const bool right = kMask[r] != 0 ? std::isfinite(value) : value == 0;
+  if (right) return;
+  std::printf("%s, %d classes, row %d: %g\n", what, classes, r, value);
+  ++failures;
+}
+
+template <typename T>
+void expect_rows(const char* what, int classes, Matrix<T>& matrix) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < classes; ++j) expect_row(what, classes, r, get(matrix.at(r, j)));
+  }
+}
+
+void expect_rows(const char* what, int classes, const std::vector<float>& values) {
+  for (size_t n = 0; n < values.size(); ++n) expect_row(what, classes, n % kRows, values[n]);
+}
+
+void expect_success(const char* what, int classes, int error) {
+  if (error == 0) return;
+  std::printf("%s, %d classes: %s\n", what, classes, cuda::error_string(error));
+  ++failures;
+}
+
+// Where the rows of each tensor start.
+struct Layout {
+  int padding, input_offset, target_offset, grad_offset;
+};
+
+template <typename T>
+void check_logit_loss(DType dtype, int classes, Layout layout) {
+  Matrix<T> input(kRows, classes, classes + layout.padding, layout.input_offset);
+  Matrix<T> target(kRows, classes, classes + layout.padding, layout.target_offset);
+  Random random;
+  random.fill(input, kRows, classes);
+  random.fill(target, kRows, classes);
+  const std::vector<int64_t> labels{0, -1, classes - 1};
+  for (int divergence = 0; divergence < 10; ++divergence) {
+    for (const bool standardize : {false, true}) {
+      Matrix<T> grad(kRows, classes, classes + layout.padding, layout.grad_offset);
+      std::vector<float> loss(kRows), terms(4 * kRows), grad_temperature(kRows);
+      LogitLossParams params{};
+      params.input = input.data;
+      params.target = divergence == 0 ? nullptr : target.data;
+      params.labels = labels.data();
+      params.mask = kMask;
+      params.loss = loss.data();
+      params.terms = terms.data();
+      params.grad_input = grad.data;
+      params.grad_input_temperature = grad_temperature.data();
+      params.input_temperature_value = 2;
+      params.target_temperature_value = 3;
+      params.soft_scale_value = params.scale = 1;
+      params.first = params.second = params.mix = 0.5;
+      params.hard_weight = 0.5;
+      params.label_smoothing = params.z_loss = 0.1;
+      params.rows = kRows;
+      params.classes = classes;
+      params.input_stride = input.stride;
+      params.target_stride = target.stride;
+      params.grad_stride = grad.stride;
+      params.divergence = static_cast<Divergence>(divergence);
+      params.standardize = standardize;
+      params.dtype = dtype;
+      expect_success("logit_loss", classes, cuda::logit_loss(params, nullptr));
+      expect_rows("logit_loss: loss", classes, loss);
+      expect_rows("logit_loss: terms", classes, terms);
+      expect_rows("logit_loss: grad_input_temperature", classes, grad_temperature);
+      expect_rows("logit_loss: grad_input", classes, grad);
+    }
+  }
+}
+
+template <typename T>
+void check_topk_kl_div(DType dtype, int classes, Layout layout) {
+  const int k = std::min(classes, 50);
+  Matrix<T> input(kRows, classes, classes + layout.padding, layout.input_offset);
+  Random random;
+  random.fill(input, kRows, classes);
+  std::vector<int64_t> indices(kRows * k);
+  const std::vector<float> log_probs(kRows * k, -std::log(k + 1.0f));
+  for (int n = 0; n < kRows * k; ++n) indices[n] = n / k == 1 ? -1 : classes - 1 - n % k;
+  for (const Tail tail : {Tail::kBucket, Tail::kRenormalize, Tail::kDrop}) {
+    Matrix<T> grad(kRows, classes, classes + layout.padding, layout.grad_offset);
+    std::vector<float> loss(kRows), grad_temperature(kRows), grad_log_probs(kRows * k);
+    TopkKlDivParams params{};
+    params.input = input.data;
+    params.log_probs = log_probs.data();
+    params.indices = indices.data();
+    params.mask = kMask;
+    params.loss = loss.data();
+    params.grad_input = grad.data;
+    params.grad_log_probs = grad_log_probs.data();
+    params.grad_input_temperature = grad_temperature.data();
+    params.input_temperature_value = 2;
+    params.scale = 1;
+    params.rows = kRows;
+    params.classes = classes;
+    params.k = k;
+    params.input_stride = input.stride;
+    params.grad_stride = grad.stride;
+    params.tail = tail;
+    params.dtype = dtype;
+    expect_success("topk_kl_div", classes, cuda::topk_kl_div(params, nullptr));
+    expect_rows("topk_kl_div: loss", classes, loss);
+    expect_rows("topk_kl_div: grad_input_temperature", classes, grad_temperature);
+    expect_rows("topk_kl_div: grad_input", classes, grad);
+    for (int n = 0; n < kRows * k; ++n) {
+      expect_row("topk_kl_div: grad_log_probs", classes, n / k, grad_log_probs[n]);
+    }
+  }
+}
+
+template <typename T>
+void check_multi_teacher_kl_div(DType dtype, int classes, Layout layout) {
+  constexpr int kTeachers = 3;
+  Matrix<T> input(kRows, classes, classes + layout.padding, layout.input_offset);
+  std::vector<Matrix<T>> targets(
+      kTeachers, Matrix<T>(kRows, classes, classes + layout.padding, layout.target_offset));
+  Matrix<T> grad(kRows, classes, classes, layout.grad_offset);
+  std::vector<float> loss(kRows), losses(kTeachers * kRows);
+  Random random;
+  random.fill(input, kRows, classes);
+  MultiTeacherKlDivParams params{};
+  params.input = input.data;
+  for (int k = 0; k < kTeachers; ++k) {
+    targets[k].data = targets[k].storage.data() + layout.target_offset;
+    random.fill(targets[k], kRows, classes);
+    params.targets[k] = targets[k].data;
+    params.target_strides[k] = targets[k].stride;
+    params.temperature_values[k] = 2 + k;
+    params.weight_values[k] = 0.5;
+  }
+  const std::vector<uint8_t> teacher_mask{1, 1, 0};
+  params.teacher_mask = teacher_mask.data();
+  params.teacher_mask_strides[0] = 1;
+  params.mask = kMask;
+  params.loss = loss.data();
+  params.losses = losses.data();
+  params.grad_input = grad.data;
+  params.rows = kRows;
+  params.classes = classes;
+  params.teachers = kTeachers;
+  params.input_stride = input.stride;
+  params.dtype = dtype;
+  expect_success("multi_teacher_kl_div", classes, cuda::multi_teacher_kl_div(params, nullptr));
+  expect_rows("multi_teacher_kl_div: loss", classes, loss);
+  expect_rows("multi_teacher_kl_div: losses", classes, losses);
+  expect_rows("multi_teacher_kl_div: grad_input", classes, grad);
+}
+
+template <typename T>
+void check_others(DType dtype, int classes, Layout layout) {
+  check_logit_loss<T>(dtype, classes, layout);
+  check_topk_kl_div<T>(dtype, classes, layout);
+  check_multi_teacher_kl_div<T>(dtype, classes, layout);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -158,6 +335,12 @@ int main(int, char** arguments) {
       check_kl_div<Bits16>(DType::kBFloat16, classes, 0, 3, 3, everything);
       check_kl_div<Bits16>(DType::kBFloat16, classes, 1, 0, 5, everything);
     }
+  }
+  for (const int classes : {1, 7, 250, 1000, 1029}) {
+    check_others<float>(DType::kFloat32, classes, {0, 0, 0, 0});
+    check_others<float>(DType::kFloat32, classes, {4, 1, 1, 1});
+    check_others<Bits16>(DType::kBFloat16, classes, {1, 3, 0, 5});
+    check_others<Bits16>(DType::kBFloat16, classes, {8, 3, 3, 3});
   }
   std::printf("%d failures\n", failures);
   return failures != 0;
