@@ -11,10 +11,11 @@ is taken apart, P and Q are over the other classes, summed without it, and the l
 e^-u), is its logit less the others' log-sum-exp. Standardizing is a factor for each row, and one more term of the
 gradient: with g the gradient for a fixed std, z_j - mean times -sum_k g_k (z_k - mean) / ((n - 1) std (std + 1e-7)).
 
-A row of at most 8192 classes is read once: loss and grad_input move 3 rows classes itemsize + O(rows) bytes, or 2
-where there is no soft term. A longer row is streamed: once for the spread where it is standardized, once for the
-sums of exponentials, once for the loss, and once more for a gradient that needs sums which the loss's sweep
-finishes (every standardized one, and those with sum_k w_k != 0). `bytes_moved` counts them. Nothing is saved.
+A row of at most 8192 classes (4096 where more is made of it, see `_tile`) is read once: loss and grad_input move
+3 rows classes itemsize + O(rows) bytes, or 2 where there is no soft term. A longer row is streamed: once for the
+spread where it is standardized, once for the sums of exponentials, once for the loss, and once more for a gradient
+that needs sums which the loss's sweep finishes (every standardized one, and those with sum_k w_k != 0).
+`bytes_moved` counts them. Nothing is saved.
 """
 
 from collections.abc import Collection
@@ -26,6 +27,7 @@ import triton.language as tl
 from kdkernels._triton.rows import (
     LOG2E,
     LOWEST,
+    Tile,
     add_online,
     kl_term,
     load_tile,
@@ -54,6 +56,15 @@ _WITHOUT_SUM = (0, 1, 5, 7, 9)  # sum_k w_k is 0: the loss's sweep can store the
 _SPREAD_EPS = tl.constexpr(1e-7)
 
 
+def _tile(classes: int, itemsize: int, divergence: int, standardize: bool) -> Tile:
+    # What a row makes more of spills where it is longer than half of what others hold, or in steps of 8 KiB.
+    if divergence in (0, 1, 2, 4) and not standardize:
+        return tile(classes, itemsize)
+    if classes > 4096:
+        return Tile(1, 4096 // itemsize, 4, True)
+    return tile(classes, itemsize)
+
+
 def bytes_moved(
     rows: int,
     classes: int,
@@ -69,8 +80,8 @@ def bytes_moved(
     soft, grad = divergence != 0, "grad_input" in outputs
     sides = 2 if soft else 1
     sweeps = 1
-    if tile(classes, itemsize).streamed:
-        standardize = standardize and soft
+    standardize = standardize and soft
+    if _tile(classes, itemsize, divergence, standardize).streamed:
         later = grad and (standardize or divergence not in _WITHOUT_SUM)
         sweeps = int(standardize) + 1 + int(soft or grad) + int(later)
     labels = 0
@@ -492,7 +503,8 @@ def logit_loss_kernel(
             squares_q = from_q * from_q
             squares_p = from_p * from_p
             apart = (_difference(s, t) - (max_p - max_q)) - (centre_p - centre)
-            products = tl.where(s + t == float("-inf"), tl.abs(s - t), apart * (from_p + from_q))
+            nowhere = (s == float("-inf")) & (t == float("-inf"))
+            products = tl.where(nowhere, 0.0, apart * (from_p + from_q))
         std_q, gain_q, correction = _std(count_q, tl.sum(squares_q, 1)[:, None])
         std_p, gain_p, _ = _std(count_p, tl.sum(squares_p, 1)[:, None])
         # The gains' difference from that of the variances, sum (t - s) (t + s) about the means: exact where s and t
@@ -784,7 +796,8 @@ def logit_loss(
     """Fill the outputs that are not None. A row whose mask is 0 is not read: its outputs are 0."""
     rows, classes = input.shape
     strides = [0 if x is None else x.stride(0) for x in (input, target, grad_input)]
-    block_m, block_n, num_warps, streamed = tile(classes, input.element_size())
+    standardize = bool(standardize) and divergence != 0
+    block_m, block_n, num_warps, streamed = _tile(classes, input.element_size(), divergence, standardize)
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device_of(input):
         logit_loss_kernel[(triton.cdiv(rows, block_m),)](
@@ -814,7 +827,7 @@ def logit_loss(
             float(label_smoothing),
             float(z_loss),
             DIVERGENCE=divergence,
-            STANDARDIZE=bool(standardize) and divergence != 0,
+            STANDARDIZE=standardize,
             HARD=hard_weight != 0,
             SMOOTH=hard_weight != 0 and label_smoothing != 0,
             Z_LOSS=z_loss != 0,
