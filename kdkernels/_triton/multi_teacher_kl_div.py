@@ -151,24 +151,28 @@ def multi_teacher_kl_div_kernel(
     output_offset = row_offset * classes
     block = tl.arange(0, BLOCK_N)[None, :]
 
-    # Of each teacher: whether it counts, where its rows are, 1 / T, weight.
-    counts = ()
-    offsets = ()
-    inverses = ()
-    weights = ()
-    for k in tl.static_range(TEACHERS):
-        temperature = _of_teacher(temperature_ptr, temperature_strides, k, row, live, temperature_values[k])
-        weight = _of_teacher(weight_ptr, weight_strides, k, row, live, weight_values[k])
-        if teacher_mask_ptr is None:
-            counts += (live_2d,)
-        else:
-            counts += (live_2d & (_of_teacher(teacher_mask_ptr, teacher_mask_strides, k, row, live, 1) != 0),)
-        offsets += (row_offset * ((target_strides[k] // VECTOR) * VECTOR),)
-        inverses += (1.0 / temperature,)
-        weights += (tl.where(counts[k], weight, 0.0),)
     loss = tl.zeros((BLOCK_M, 1), tl.float32)
 
     if STREAMED:
+        # Of each teacher: whether it counts, where its rows are, 1 / T, weight.
+        counts = ()
+        offsets = ()
+        inverses = ()
+        weights = ()
+        for k in tl.static_range(TEACHERS):
+            temperature = _of_teacher(
+                temperature_ptr, temperature_strides, k, row, live, temperature_values[k]
+            )
+            weight = _of_teacher(weight_ptr, weight_strides, k, row, live, weight_values[k])
+            if teacher_mask_ptr is None:
+                counts += (live_2d,)
+            else:
+                counts += (
+                    live_2d & (_of_teacher(teacher_mask_ptr, teacher_mask_strides, k, row, live, 1) != 0),
+                )
+            offsets += (row_offset * ((target_strides[k] // VECTOR) * VECTOR),)
+            inverses += (1.0 / temperature,)
+            weights += (tl.where(counts[k], weight, 0.0),)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         lowest = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
         # A maximum and a sum per lane: no reduction across the block until the row has been seen.
@@ -177,44 +181,54 @@ def multi_teacher_kl_div_kernel(
         norms_p = ()
         log_ratios = ()
         for of_group in tl.static_range(0, TEACHERS, _TOGETHER):
-            GROUP: tl.constexpr = min(_TOGETHER, TEACHERS - of_group)
             lane_max_q = lowest
-            lane_max_p = (lowest,) * GROUP
-            e_q = (zeros,) * GROUP
-            e_p = (zeros,) * GROUP
+            lane_max_p = (lowest, lowest, lowest, lowest)
+            e_q = (zeros, zeros, zeros, zeros)
+            e_p = (zeros, zeros, zeros, zeros)
             for start in range(0, classes, BLOCK_N):
                 s = load_tile(input_ptr, input_offset, classes, live_2d, start + block)
                 next_max_p = ()
                 next_e_q = ()
                 next_e_p = ()
-                for i in tl.static_range(GROUP):
-                    k = of_group + i
-                    t = load_tile(target_ptrs[k], offsets[k], classes, counts[k], start + block)
-                    factor = inverses[k] * LOG2E
-                    _, lane = add_online(lane_max_q, e_q[i], s, factor)
-                    next_e_q += (lane,)
-                    maximum, lane = add_online(lane_max_p[i], e_p[i], t, factor)
+                for i in tl.static_range(_TOGETHER):
+                    maximum, lane_q, lane_p = lane_max_p[i], e_q[i], e_p[i]
+                    if of_group + i < TEACHERS:
+                        t = load_tile(
+                            target_ptrs[of_group + i],
+                            offsets[of_group + i],
+                            classes,
+                            counts[of_group + i],
+                            start + block,
+                        )
+                        factor = inverses[of_group + i] * LOG2E
+                        _, lane_q = add_online(lane_max_q, lane_q, s, factor)
+                        maximum, lane_p = add_online(maximum, lane_p, t, factor)
                     next_max_p += (maximum,)
-                    next_e_p += (lane,)
+                    next_e_q += (lane_q,)
+                    next_e_p += (lane_p,)
                 lane_max_q = tl.maximum(lane_max_q, s)
                 lane_max_p = next_max_p
                 e_q = next_e_q
                 e_p = next_e_p
             max_q = tl.max(lane_max_q, 1)[:, None]
-            for i in tl.static_range(GROUP):
-                factor = inverses[of_group + i] * LOG2E
-                max_p = tl.max(lane_max_p[i], 1)[:, None]
-                lanes_q = e_q[i] * tl.exp2((lane_max_q - max_q) * factor)
-                lanes_p = e_p[i] * tl.exp2((lane_max_p[i] - max_p) * factor)
-                total_q = tl.sum(lanes_q, 1)[:, None]
-                total_p = tl.sum(lanes_p, 1)[:, None]
-                maxima_p += (max_p,)
-                norms_q += (1.0 / total_q,)
-                norms_p += (1.0 / total_p,)
-                log_ratios += (log_of_ratio(total_p, total_q, tl.sum(lanes_q - lanes_p, 1)[:, None]),)
+            for i in tl.static_range(_TOGETHER):
+                if of_group + i < TEACHERS:
+                    factor = inverses[of_group + i] * LOG2E
+                    max_p = tl.max(lane_max_p[i], 1)[:, None]
+                    lanes_q = e_q[i] * tl.exp2((lane_max_q - max_q) * factor)
+                    lanes_p = e_p[i] * tl.exp2((lane_max_p[i] - max_p) * factor)
+                    total_q = tl.sum(lanes_q, 1)[:, None]
+                    total_p = tl.sum(lanes_p, 1)[:, None]
+                    maxima_p += (max_p,)
+                    norms_q += (1.0 / total_q,)
+                    norms_p += (1.0 / total_p,)
+                    log_ratios += (log_of_ratio(total_p, total_q, tl.sum(lanes_q - lanes_p, 1)[:, None]),)
 
         loss_lanes = zeros
-        losses_lanes = (zeros,) * TEACHERS
+        losses_lanes = ()
+        if losses_ptr is not None:
+            for _ in tl.static_range(TEACHERS):
+                losses_lanes += (zeros,)
         last = (tl.cdiv(classes, BLOCK_N) - 1) * BLOCK_N
         # Backwards, because the end of the row is what the cache still holds.
         for start in range(0, classes, BLOCK_N):
@@ -249,13 +263,27 @@ def multi_teacher_kl_div_kernel(
         s = load_tile(input_ptr, input_offset, classes, live_2d, block)
         max_q = tl.max(s, 1)[:, None]
         grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.static_range(TEACHERS):
-            t = load_tile(target_ptrs[k], offsets[k], classes, counts[k], block)
+        # Not unrolled: the teachers would be read at once, and spilt.
+        for k in range(TEACHERS):
+            target_ptr, target_stride = target_ptrs[0], target_strides[0]
+            temperature, weight = temperature_values[0], weight_values[0]
+            for other in tl.static_range(1, TEACHERS):
+                target_ptr = tl.where(k == other, target_ptrs[other], target_ptr)
+                target_stride = tl.where(k == other, target_strides[other], target_stride)
+                temperature = tl.where(k == other, temperature_values[other], temperature)
+                weight = tl.where(k == other, weight_values[other], weight)
+            inverse = 1.0 / _of_teacher(temperature_ptr, temperature_strides, k, row, live, temperature)
+            counts = live_2d
+            if teacher_mask_ptr is not None:
+                counts &= _of_teacher(teacher_mask_ptr, teacher_mask_strides, k, row, live, 1) != 0
+            weight = tl.where(counts, _of_teacher(weight_ptr, weight_strides, k, row, live, weight), 0.0)
+            target_offset = row_offset * ((target_stride // VECTOR) * VECTOR)
+            t = load_tile(target_ptr, target_offset, classes, counts, block)
             max_p = tl.max(t, 1)[:, None]
-            factor = inverses[k] * LOG2E
+            factor = inverse * LOG2E
             e_q = tl.exp2((s - max_q) * factor)
             e_p = tl.exp2((t - max_p) * factor)
-            quotient = _log_quotient(s, t, max_q, max_p, inverses[k])
+            quotient = _log_quotient(s, t, max_q, max_p, inverse)
             total_q = tl.sum(e_q, 1)[:, None]
             total_p = tl.sum(e_p, 1)[:, None]
             # The series leaves out even the rounding of the exponentials, which few classes do not average away.
@@ -264,9 +292,9 @@ def multi_teacher_kl_div_kernel(
             excess, difference = kl_term(e_p * (1.0 / total_p), e_q * (1.0 / total_q), delta)
             loss_k = tl.sum(excess, 1)[:, None]
             if losses_ptr is not None:
-                store_per_row(losses_ptr + k * rows, row, exists, counts[k], loss_k)
-            loss += _weighted(counts[k], weights[k], loss_k)
-            grad += difference * (weights[k] * inverses[k])
+                store_per_row(losses_ptr + k * rows, row, exists, counts, loss_k)
+            loss += _weighted(counts, weight, loss_k)
+            grad += difference * (weight * inverse)
         if grad_input_ptr is not None:
             store_tile(grad_input_ptr, output_offset, classes, exists_2d, live_2d, block, grad)
     if loss_ptr is not None:
