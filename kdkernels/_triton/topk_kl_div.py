@@ -257,8 +257,8 @@ def topk_kl_div_kernel(
         store_per_row(loss_ptr, row, exists, live_2d, row_scale * loss)
     if grad_log_probs_ptr is not None:
         slope = tl.where(delta == float("inf"), delta, delta - less)
-        grad = row_scale * tl.where(p == 0.0, 0.0, p * slope)
-        tl.store(grad_log_probs_ptr + k_offset, tl.where(live_2d, grad, 0.0), mask=exists_2d & (i < k))
+        of_log_p = row_scale * tl.where(p == 0.0, 0.0, p * slope)
+        tl.store(grad_log_probs_ptr + k_offset, tl.where(live_2d, of_log_p, 0.0), mask=exists_2d & (i < k))
     if MOMENT:
         z = s_i - origin
         if TAIL == DROP:
