@@ -244,14 +244,14 @@ def _divergence(
     # The class's term, and its weight w: the gradient is w_j - Q_j sum_k w_k.
     if DIVERGENCE == REVERSE_KL or DIVERGENCE == REVERSE_DECOUPLED:
         term = kl_term(q, p, -delta)[0]
-        weight = tl.where(q > 0.0, -q * delta, 0.0)
+        weight = _times(q, -delta)
     elif DIVERGENCE == REVERSE_NORMALIZED:
-        term = tl.where(q > 0.0, q * surprisal, 0.0)
+        term = _times(q, surprisal)
         weight = term
     else:
         term, weight = kl_term(p, q, delta)  # KL(P||Q), and Q - P
         if DIVERGENCE == NORMALIZED:
-            term = tl.where(p > 0.0, p * surprisal, 0.0)
+            term = _times(p, surprisal)
         if DIVERGENCE == TOTAL_VARIATION:
             term = 0.5 * tl.abs(weight)
             weight = tl.where(weight > 0.0, 0.5 * q, tl.where(weight < 0.0, -0.5 * q, 0.0))
@@ -263,7 +263,7 @@ def _divergence(
             mixture = mix * p + (1.0 - mix) * q
             relative = (1.0 - mix) * difference / tl.where(mixture > 0.0, mixture, 1.0)
             slope = (first * (1.0 - mix) - second * mix) * relative - second * log
-            weight = tl.where(q > 0.0, q * slope, 0.0)
+            weight = _times(q, slope)
     return term, weight
 
 
@@ -320,11 +320,11 @@ def _of_label(
     log_not = tl.where(near, 0.0, _softplus(u_q) - _softplus(u_p))
     if REVERSE:
         series = _towards(q, -difference)[0] + _towards(not_q, difference)[0]
-        far = tl.where(q > 0.0, -q * log_p_q, 0.0) + tl.where(not_q > 0.0, -not_q * log_not, 0.0)
+        far = -_times(q, log_p_q) - _times(not_q, log_not)
         slope = -_times(q * not_q, d)
     else:
         series = _towards(p, difference)[0] + _towards(not_p, -difference)[0]
-        far = tl.where(p > 0.0, p * log_p_q, 0.0) + tl.where(not_p > 0.0, not_p * log_not, 0.0)
+        far = _times(p, log_p_q) + _times(not_p, log_not)
         slope = difference
     return tl.where(near, series, far), slope
 
@@ -567,8 +567,8 @@ def logit_loss_kernel(
         norm_q = 1.0 / total_q
         norm_p = 1.0 / total_p
         if APART:
-            others_q = total_q > 0.0
-            others_p = total_p > 0.0
+            others_q = total_q != 0.0
+            others_p = total_p != 0.0
             log_ratio = tl.where(others_q & others_p, log_ratio, 0.0)
             norm_q = tl.where(others_q, norm_q, 0.0)
             norm_p = tl.where(others_p, norm_p, 0.0)
@@ -689,8 +689,8 @@ def logit_loss_kernel(
                         if UNIT:
                             unit_lanes += _exponential(s - top_q, unit_q, STANDARDIZE) * z
                     if DIVERGENCE == STATISTICS:
-                        entropy_p += tl.where(p > 0.0, p * _surprisal(y, max_p, total_p, inverse_p), 0.0)
-                        entropy_q += tl.where(q > 0.0, q * _surprisal(x, max_q, total_q, inverse_q), 0.0)
+                        entropy_p += _times(p, _surprisal(y, max_p, total_p, inverse_p))
+                        entropy_q += _times(q, _surprisal(x, max_q, total_q, inverse_q))
                         overlap += tl.minimum(p, q)
                         first_p = tl.minimum(first_p, tl.where(t == max_p, column, classes))
                         first_q = tl.minimum(first_q, tl.where(s == max_q, column, classes))

@@ -98,6 +98,17 @@ def _among(
 
 
 @triton.jit
+def _exp(x):
+    # e^x for x <= 0, by 2^n e^r with x = n log 2 + r: the rounding of x log2(e) alone would be |x| ulps, and what is
+    # left of 1 shows it.
+    x = tl.where(x < -120.0, -120.0, x)
+    n = tl.floor(x * LOG2E + 0.5)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    e = tl.exp2(r * LOG2E) * tl.exp2(n)
+    return tl.where(x > -120.0, e, tl.where(x == -120.0, 0.0, x))
+
+
+@triton.jit
 def _add(
     maximum,  # (BLOCK_M, BLOCK_N)
     total,  # (BLOCK_M, BLOCK_N)
@@ -202,18 +213,18 @@ def topk_kl_div_kernel(
         max_r = tl.max(lane_max, 1)[:, None]
         fall = tl.exp2((lane_max - max_r) * factor)
         total_r = tl.sum(lane_total * fall, 1)[:, None]
-        norm_r = tl.where(total_r > 0.0, 1.0 / total_r, 0.0)
+        norm_r = tl.where(total_r == 0.0, 0.0, 1.0 / total_r)
         if MOMENT:
             moment = fall * (lane_moment + lane_total * tl.where(fall > 0.0, lane_max - max_r, 0.0))
             mean_r = tl.sum(moment, 1)[:, None] * norm_r
 
     # Loss, the gradients of I's x and log P, and that of the others: `rest` times their own softmax.
+    max_p = tl.maximum(tl.max(log_p, 1)[:, None], LOWEST)
+    quotient = (log_p - max_p) - (s_i - max_i) * inverse
     if TAIL == RENORMALIZE:
         origin = max_i
-        max_p = tl.maximum(tl.max(log_p, 1)[:, None], LOWEST)
         e_p = tl.exp2((log_p - max_p) * LOG2E)
         e_q = tl.exp2((s_i - max_i) * factor)
-        quotient = (log_p - max_p) - (s_i - max_i) * inverse
         total_p = tl.sum(e_p, 1)[:, None]
         total_q = tl.sum(e_q, 1)[:, None]
         delta = quotient - log_of_ratio(total_p, total_q, tl.sum(kl_term(e_p, e_q, quotient)[1], 1)[:, None])
@@ -225,30 +236,44 @@ def topk_kl_div_kernel(
         if TAIL == BUCKET:
             origin = tl.maximum(max_i, max_r)
             fall_r = tl.exp2((max_r - origin) * factor)
-            total = tl.sum(tl.exp2((s_i - origin) * factor), 1)[:, None] + total_r * fall_r
+            rest_r = total_r * fall_r
+            total_i = tl.sum(tl.exp2((s_i - origin) * factor), 1)[:, None]
+            total = total_i + rest_r
         else:
             origin = max_r
             total = total_r
-        p = tl.exp2(log_p * LOG2E)
+        p = _exp(log_p)
         q = tl.exp2((s_i - origin) * factor) * (1.0 / total)
-        delta = log_p - ((s_i - origin) * inverse - tl.log(total))
-        excess, difference = kl_term(p, q, delta)
+        # From the maxima, where what is close to each other is close to 0.
+        delta = quotient + (max_p - ((max_i - origin) * inverse - tl.log(total)))
         mass = tl.sum(p, 1)[:, None]
-        plain = tl.sum(tl.where(p > 0.0, p * delta, 0.0), 1)[:, None]
         if TAIL == BUCKET:
             p_r = tl.maximum(1.0 - mass, 0.0)
-            q_r = total_r * fall_r * (1.0 / total)
-            log_q_r = (max_r - origin) * inverse + (tl.log(total_r) - tl.log(total))
-            delta_r = tl.log(p_r) - log_q_r
+            q_r = rest_r * (1.0 / total)
+            # Logarithms of what may be close to 1, from what it lacks; and of what may be too small for a float.
+            log_q_r = tl.where(
+                rest_r > 0.5 * total,
+                log_of_ratio(rest_r, total, total_i),
+                (max_r - origin) * inverse + (tl.log(total_r) - tl.log(total)),
+            )
+            delta_r = log_of_ratio(p_r, 1.0, mass) - log_q_r
             excess_r, difference_r = kl_term(p_r, q_r, delta_r)
-            # Both sides sum to 1 only where something is left.
+            # Both sides sum to 1 where something is left, which near convergence says what rounding has added to all
+            # of I's delta.
             left = p_r > 0.0
+            difference = kl_term(p, q, delta)[1]
+            apart = tl.sum(tl.abs(difference), 1)[:, None] + tl.abs(difference_r)
+            mass_q = tl.sum(q, 1)[:, None]
+            excess_of_q = tl.sum(difference, 1)[:, None] + difference_r
+            delta += tl.where(left & (apart < 0.1 * mass_q), excess_of_q / mass_q, 0.0)
+            excess, difference = kl_term(p, q, delta)
+            plain = tl.sum(tl.where(p == 0.0, 0.0, p * delta), 1)[:, None]
             loss = tl.where(left, tl.sum(excess, 1)[:, None] + excess_r, plain)
             of_i = difference + tl.where(left, 0.0, mass - 1.0) * q
             rest = tl.where(left, difference_r, mass * q_r)
             less = tl.where(left, delta_r, -1.0)
         else:
-            loss = plain
+            loss = tl.sum(tl.where(p == 0.0, 0.0, p * delta), 1)[:, None]
             of_i = mass * q - p
             rest = mass
             less = -1.0
