@@ -27,6 +27,7 @@ class Mutation(NamedTuple):
 CPU, CUDA, TRITON = "csrc/cpu/kl_div.cpp", "csrc/cuda/kl_div.cu", "kdkernels/_triton/kl_div.py"
 CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
+TRITON_ROWS = "kdkernels/_triton/rows.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
 ROWS, FAMILY, DIVERGENCES = (f"kdkernels/ops/{stem}.py" for stem in ("rows", "logit_loss", "divergences"))
@@ -66,7 +67,7 @@ MUTATIONS = [
     Mutation("cuda: temperature gradient off", CUDA, "sums[1] - sums[2] * sums[3]", "-sums[1]", grid("cuda", "row_arguments")),
     Mutation("triton: mask ignored", TRITON, "live = exists & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)", "live = exists", grid("triton")),
     Mutation("triton: zero gradient", TRITON, "difference * grad_scale_q", "difference * 0.0", grid("triton")),
-    Mutation("triton: last class skipped", TRITON, "mask=live & (column < classes)", "mask=live & (column < classes - 1)", grid("triton")),
+    Mutation("triton: last class skipped", TRITON_ROWS, "mask=live & (column < classes)", "mask=live & (column < classes - 1)", grid("triton")),
     Mutation("op: divides by all rows", ROWS, "each = mask.sum().clamp(min=1)", "each = torch.ones_like(mask).sum()", grid("cpu", "batchmean")),
     Mutation("op: buffer handed out twice", OP, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", grid("cpu", "twice")),
     Mutation("op: reverse ignored", OP, "    if reverse:\n        input, target", "    if False:\n        input, target", grid("cpu", "loss_and")),

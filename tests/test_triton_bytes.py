@@ -14,7 +14,10 @@ pytest.importorskip("triton")
 from triton_counter import count_traffic, is_interpreted
 
 from kdkernels._triton import kl_div as triton_kl_div
+from kdkernels._triton import logit_loss as triton_logit_loss
+from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import scale_rows as triton_scale_rows
+from kdkernels._triton import topk_kl_div as triton_topk
 
 pytestmark = [
     pytest.mark.skipif(
@@ -132,3 +135,186 @@ def test_scaling_touches_only_rows_that_change(classes: int, dtype: torch.dtype)
     changed = int((scale != 1).sum())
     assert traffic.loaded == changed * classes * dtype.itemsize + 4 * ROWS
     assert traffic.stored == changed * classes * dtype.itemsize
+
+
+def new_outputs(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Poisoned memory for each name."""
+    return {
+        name: torch.full(shape, float("nan"), dtype=dtype if name == "grad_input" else torch.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def run_logit_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    divergence: int,
+    *names: str,
+    mask: torch.Tensor | None = None,
+    **options: float,
+) -> dict[str, torch.Tensor]:
+    rows = input.shape[0]
+    order = {
+        "loss": (rows,),
+        "terms": (4, rows),
+        "grad_input": tuple(input.shape),
+        "grad_input_temperature": (rows,),
+    }
+    outputs = new_outputs({name: order[name] for name in names}, input.dtype)
+    hard = [options.get(name, 0.0) for name in ("hard_weight", "label_smoothing", "z_loss")]
+    labels = torch.arange(rows) if divergence in (5, 6, 7, 8) or hard[0] else None
+    scales = (None, None, 2.0, 2.0, None, 4.0, None, 0.25, mask)
+    weights = (divergence, 0.5, 1.5, 0.5, bool(options.get("standardize", False)), *hard)
+    triton_logit_loss.logit_loss(
+        input, target if divergence else None, labels, *scales, *weights, *map(outputs.get, order)
+    )
+    return outputs
+
+
+# (divergence, options, sweeps over a streamed row for loss and grad_input)
+LOGIT_LOSSES = [
+    pytest.param(0, {"hard_weight": 1.0, "z_loss": 1e-3}, 2, id="cross-entropy"),
+    pytest.param(1, {"hard_weight": 0.5, "label_smoothing": 0.1}, 2, id="kl-hard"),
+    pytest.param(2, {}, 3, id="reverse-kl"),
+    pytest.param(3, {}, 3, id="mixture"),
+    pytest.param(4, {}, 3, id="total-variation"),
+    pytest.param(5, {}, 2, id="decoupled"),
+    pytest.param(5, {"standardize": True, "hard_weight": 1.0}, 4, id="decoupled-standardized-hard"),
+    pytest.param(6, {}, 3, id="reverse-decoupled"),
+    pytest.param(7, {}, 2, id="normalized"),
+    pytest.param(8, {"standardize": True}, 4, id="reverse-normalized-standardized"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [100, 12000])
+@pytest.mark.parametrize(("divergence", "options", "sweeps"), LOGIT_LOSSES)
+def test_logit_loss(
+    divergence: int, options: dict[str, float], sweeps: int, classes: int, dtype: torch.dtype
+) -> None:
+    input, target = logits(classes, dtype)
+    with count_traffic() as traffic:
+        outputs = run_logit_loss(input, target, divergence, "loss", "grad_input", **options)
+    sides = 2 if divergence else 1
+    # A label, and its logits.
+    labels = {True: 8 + sides * dtype.itemsize, False: 0}[divergence in (5, 6, 7, 8)]
+    if not labels and options.get("hard_weight"):
+        labels = 8 + dtype.itemsize
+    claimed = triton_logit_loss.bytes_moved(
+        ROWS,
+        classes,
+        dtype.itemsize,
+        divergence,
+        standardize=bool(options.get("standardize")),
+        hard=bool(options.get("hard_weight")),
+    )
+    passes = sides * (sweeps if classes == 12000 else 1) + 1
+    assert claimed == ROWS * (passes * classes * dtype.itemsize + labels + 4)
+    assert traffic.total == claimed
+    assert traffic.stored == ROWS * (classes * dtype.itemsize + 4)
+    assert traffic.launches == 1
+    assert (outputs["loss"] > 0).all()
+    assert outputs["grad_input"].abs().max() > 0
+
+
+@pytest.mark.parametrize("classes", [100, 12000])
+@pytest.mark.parametrize("divergence", [2, 9])
+def test_logit_loss_without_gradient(divergence: int, classes: int) -> None:
+    input, target = logits(classes, torch.float32)
+    with count_traffic() as traffic:
+        run_logit_loss(input, target, divergence, "loss", "terms")
+    sweeps = 2 if classes == 12000 else 1
+    claimed = triton_logit_loss.bytes_moved(ROWS, classes, 4, divergence, outputs=("loss", "terms"))
+    assert traffic.total == claimed == ROWS * (2 * sweeps * classes * 4 + 20)
+
+
+@pytest.mark.parametrize("classes", [100, 12000])
+@pytest.mark.parametrize("divergence", [1, 5])
+def test_logit_loss_does_not_read_masked_rows(divergence: int, classes: int) -> None:
+    input, target = logits(classes, torch.float32)
+    mask = torch.arange(ROWS) % 3 == 0
+    input[~mask] = target[~mask] = float("nan")
+    with count_traffic() as traffic:
+        outputs = run_logit_loss(
+            input, target, divergence, "loss", "terms", "grad_input", "grad_input_temperature", mask=mask
+        )
+    names = tuple(outputs)
+    stored = ROWS * (classes * 4 + 24)
+    read = triton_logit_loss.bytes_moved(1, classes, 4, divergence, outputs=names) - (classes * 4 + 24)
+    assert traffic.stored == stored
+    assert traffic.loaded == int(mask.sum()) * read + ROWS
+    for output in outputs.values():
+        assert not output.T[~mask].any() if output.shape[0] == 4 else not output[~mask].any()
+    assert (outputs["loss"][mask] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("classes", "teachers"), [(100, 3), (1000, 2), (12000, 1), (12000, 6)])
+def test_multi_teacher(classes: int, teachers: int, dtype: torch.dtype) -> None:
+    input, target = logits(classes, dtype)
+    targets = [target + k for k in range(teachers)]
+    shapes = {"loss": (ROWS,), "losses": (teachers, ROWS), "grad_input": tuple(input.shape)}
+
+    def run(teacher_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        outputs = new_outputs(shapes, dtype)
+        values = ([2.0] * teachers, None, [0.5] * teachers, teacher_mask, None)
+        triton_multi_teacher.multi_teacher_kl_div(input, targets, None, *values, *outputs.values())
+        return outputs
+
+    with count_traffic() as traffic:
+        outputs = run(None)
+    claimed = triton_multi_teacher.bytes_moved(ROWS, classes, dtype.itemsize, teachers, outputs=shapes)
+    # The input goes with each four of the teachers where a row is streamed, and with all of them at the end.
+    reads = 2 * teachers + 1 + -(-teachers // 4) if classes == 12000 else teachers + 1
+    assert claimed == ROWS * ((reads + 1) * classes * dtype.itemsize + 4 + 4 * teachers)
+    assert traffic.total == claimed
+    assert traffic.launches == 1
+    assert (outputs["loss"] > 0).all()
+
+    # A teacher that does not count is not read.
+    teacher_mask = torch.ones(teachers, ROWS, dtype=torch.bool)
+    teacher_mask[0, ::2] = False
+    targets[0][::2] = float("nan")
+    with count_traffic() as fewer:
+        outputs = run(teacher_mask)
+    each = (2 if classes == 12000 else 1) * classes * dtype.itemsize
+    assert traffic.loaded - fewer.loaded == int((~teacher_mask).sum()) * each - teacher_mask.numel()
+    assert not outputs["losses"][~teacher_mask].any()
+    assert outputs["grad_input"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("classes", "k"), [(100, 5), (1000, 20), (12000, 20)])
+@pytest.mark.parametrize("tail", [0, 1, 2], ids=["bucket", "renormalize", "drop"])
+def test_topk(tail: int, classes: int, k: int, dtype: torch.dtype) -> None:
+    input, target = logits(classes, dtype)
+    log_probs, indices = torch.log_softmax(target.float(), 1).topk(k)
+    shapes = {"loss": (ROWS,), "grad_input": tuple(input.shape)}
+
+    def run(mask: torch.Tensor | None, *names: str) -> dict[str, torch.Tensor]:
+        outputs = new_outputs({name: shapes[name] for name in names}, dtype)
+        given = (input, log_probs.contiguous(), indices.contiguous(), None, 2.0, None, 1.0, mask, tail)
+        triton_topk.topk_kl_div(*given, outputs.get("loss"), outputs.get("grad_input"), None, None)
+        return outputs
+
+    for names in (("loss",), ("loss", "grad_input")):
+        with count_traffic() as traffic:
+            outputs = run(None, *names)
+        claimed = triton_topk.bytes_moved(ROWS, classes, dtype.itemsize, k, tail, outputs=names)
+        grad = len(names) - 1
+        passes = grad + (0 if tail == 1 else 1 + grad if classes == 12000 else 1)
+        steps = 0 if tail else -(-classes * dtype.itemsize // 4096) if classes == 12000 else 1
+        of_k = 4 + 8 * (1 + steps) + dtype.itemsize * (1 + grad)
+        assert claimed == ROWS * (passes * classes * dtype.itemsize + of_k * k + 4)
+        assert traffic.total == claimed
+        assert traffic.launches == 1
+    assert (outputs["grad_input"] != 0).sum(1).min() >= (k if tail == 1 else classes // 2)
+
+    mask = torch.arange(ROWS) % 3 == 0
+    input[~mask] = log_probs[~mask] = float("nan")
+    indices[~mask] = -1
+    with count_traffic() as masked:
+        outputs = run(mask, "loss", "grad_input")
+    assert masked.loaded == traffic.loaded * int(mask.sum()) // ROWS + ROWS
+    assert not outputs["loss"][~mask].any()
+    assert not outputs["grad_input"][~mask].any()

@@ -16,43 +16,25 @@ A longer row is streamed: once for the maxima and sums of exponentials, once for
 them. Nothing is saved.
 """
 
-import math
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# Finite, so that a lane which has seen only -inf never forms -inf - -inf.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Tile(NamedTuple):
-    """A program takes block_m rows by block_n classes, and walks along the row where it is streamed."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    streamed: bool
-
-
-def tile(classes: int, itemsize: int) -> Tile:
-    """The tile for rows of `classes` elements of `itemsize` bytes."""
-    # The longest row that every variant holds in registers without a spill on sm_80, sm_90 and sm_100 alike
-    # (tests/test_triton_compile.py); at 16384 some spill with 16 warps and with 32.
-    if classes > 8192:
-        # 8 KiB of each input a step: two 16-byte loads of each for every one of 256 threads.
-        return Tile(1, 8192 // itemsize, 8, True)
-    block_n = triton.next_power_of_2(classes)
-    # Short rows share a program: 1024 elements are 8 per thread, 16 bytes even in half precision.
-    return Tile(max(1, 1024 // block_n), block_n, max(4, block_n // 512), False)
-
-
-def vector_width(classes: int, *strides: int) -> int:
-    """The power of two (at most 16 elements) that divides every row's start and end."""
-    return math.gcd(16, classes, *strides)
+from kdkernels._triton.rows import (
+    LOG2E,
+    LOWEST,
+    add_online,
+    kl_term,
+    load_tile,
+    log_of_ratio,
+    per_row,
+    store_per_row,
+    store_tile,
+    tile,
+    vector_width,
+)
 
 
 def bytes_moved(rows: int, classes: int, itemsize: int, *, grads: Collection[str] = ("grad_input",)) -> int:
@@ -62,71 +44,6 @@ def bytes_moved(rows: int, classes: int, itemsize: int, *, grads: Collection[str
     written = sum(name in grads for name in ("grad_input", "grad_target"))
     per_row = 1 + sum(name in grads for name in ("grad_input_temperature", "grad_target_temperature"))
     return rows * ((2 * sweeps + written) * classes * itemsize + 4 * per_row)
-
-
-@triton.jit
-def _load(
-    ptr,  # (rows, classes)
-    offset,  # (BLOCK_M, 1)
-    classes,
-    live,  # (BLOCK_M, 1)
-    column,  # (1, BLOCK_N)
-):
-    x = tl.load(ptr + (offset + column), mask=live & (column < classes), other=0.0).to(tl.float32)
-    # A row that is not read stays 0 where it has classes: its softmax is uniform, never NaN.
-    return tl.where(column < classes, x, float("-inf"))
-
-
-@triton.jit
-def _per_row(
-    ptr,  # (rows,) or None
-    row,  # (BLOCK_M,)
-    exists,  # (BLOCK_M,)
-    value,
-):
-    if ptr is None:
-        result = tl.zeros_like(row).to(tl.float32) + value
-    else:
-        result = tl.load(ptr + row, mask=exists, other=1.0)
-    return result[:, None]
-
-
-@triton.jit
-def _add_online(
-    maximum,  # (BLOCK_M, BLOCK_N)
-    total,  # (BLOCK_M, BLOCK_N)
-    x,  # (BLOCK_M, BLOCK_N)
-    factor,  # (BLOCK_M, 1)
-):
-    # Of the two exponentials of an online sum one is always 1.
-    e = tl.exp2(-tl.abs(x - maximum) * factor)
-    rises = x > maximum
-    return tl.where(rises, x, maximum), tl.where(rises, total * e + 1.0, total + e)
-
-
-@triton.jit
-def _log_ratio(
-    total_p,  # (BLOCK_M, 1)
-    total_q,  # (BLOCK_M, 1)
-    total_difference,  # (BLOCK_M, 1)
-):
-    # log(total_p / total_q). Near 1 it comes from the sum of differences, where the rounding of the two sums
-    # does not show; -log(1 + x) = -2 atanh(z), whose series to z^7 is good to 3e-9 for |x| <= 0.25.
-    x = total_difference / total_p
-    z = x / (2.0 + x)
-    w = z * z
-    near = -2.0 * z * (1.0 + w * (1.0 / 3.0 + w * (1.0 / 5.0 + w * (1.0 / 7.0))))
-    return tl.where(tl.abs(x) <= 0.25, near, tl.log(total_p / total_q))
-
-
-@triton.jit
-def _second_order_ratio(x):
-    # (e^-x - 1 + x) / x^2 for |x| <= 0.5: relative error <= 2.5e-8 (least-maximum fit).
-    h = -1.98756294e-4 * x + 1.39819975e-3
-    h = h * x - 8.33345217e-3
-    h = h * x + 4.16657959e-2
-    h = h * x - 1.66666655e-1
-    return h * x + 5.00000012e-1
 
 
 @triton.jit
@@ -141,23 +58,6 @@ def _log_quotient(
     # log(e_p / e_q): D but for the ratio of the sums. The logits' difference is exact where they are close.
     equal = ((t - s) - (max_p - max_q)) * inverse_q
     return equal + (t - max_p) * (inverse_p - inverse_q)
-
-
-@triton.jit
-def _term(
-    p,  # (BLOCK_M, BLOCK_N)
-    q,  # (BLOCK_M, BLOCK_N)
-    delta,  # (BLOCK_M, BLOCK_N)
-):
-    # The share of the loss, P (D + e^-D - 1) >= 0, and Q - P; both from the series near D = 0.
-    near = tl.abs(delta) < 0.5
-    # Keeps an infinite delta out of the polynomial.
-    x = tl.where(near, delta, 0.0)
-    e = x * x * _second_order_ratio(x)
-    far = q - p
-    # p = 0 contributes q whatever delta is (0 inf = 0); a NaN reaches the sum through `far`.
-    excess = tl.where(near, p * e, tl.where(p > 0.0, p * delta, 0.0) + far)
-    return excess, tl.where(near, p * (e - x), far)
 
 
 @triton.jit
@@ -192,30 +92,6 @@ def _centred(
     # The weights sum to 0 but for rounding, which puts each off by that much of P_j: that times the mean of z
     # is taken off. Only a streamed row needs it: the ratio of sums of one tile is exact near convergence.
     return tl.sum(moment, 1)[:, None] - tl.sum(mean, 1)[:, None] * tl.sum(weight, 1)[:, None]
-
-
-@triton.jit
-def _store(
-    ptr,  # (rows, classes)
-    offset,  # (BLOCK_M, 1)
-    classes,
-    exists,  # (BLOCK_M, 1)
-    live,  # (BLOCK_M, 1)
-    column,  # (1, BLOCK_N)
-    x,  # (BLOCK_M, BLOCK_N)
-):
-    tl.store(ptr + (offset + column), tl.where(live, x, 0.0), mask=exists & (column < classes))
-
-
-@triton.jit
-def _store_per_row(
-    ptr,  # (rows,)
-    row,  # (BLOCK_M,)
-    exists,  # (BLOCK_M,)
-    live,  # (BLOCK_M, 1)
-    x,  # (BLOCK_M, 1)
-):
-    tl.store(ptr + row, tl.sum(tl.where(live, x, 0.0), 1), mask=exists)
 
 
 # Integers are not specialised on their values: VECTOR says all that the generated code needs to know.
@@ -265,42 +141,42 @@ def kl_div_fwd_kernel(
     output_offset = row_offset * classes
     block = tl.arange(0, BLOCK_N)[None, :]
 
-    inverse_q = 1.0 / _per_row(input_temperature_ptr, row, live, input_temperature_value)
-    inverse_p = 1.0 / _per_row(target_temperature_ptr, row, live, target_temperature_value)
-    row_scale = _per_row(row_scale_ptr, row, live, scale)
-    factor_q = inverse_q * _LOG2E
-    factor_p = inverse_p * _LOG2E
+    inverse_q = 1.0 / per_row(input_temperature_ptr, row, live, input_temperature_value)
+    inverse_p = 1.0 / per_row(target_temperature_ptr, row, live, target_temperature_value)
+    row_scale = per_row(row_scale_ptr, row, live, scale)
+    factor_q = inverse_q * LOG2E
+    factor_p = inverse_p * LOG2E
 
     if STREAMED:
         # A maximum and a sum per lane: no reduction across the block until the row has been seen.
-        lane_max_q = tl.full((BLOCK_M, BLOCK_N), _LOWEST, tl.float32)
-        lane_max_p = tl.full((BLOCK_M, BLOCK_N), _LOWEST, tl.float32)
+        lane_max_q = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
+        lane_max_p = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
         e_q = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         e_p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, classes, BLOCK_N):
-            s = _load(input_ptr, input_offset, classes, live_2d, start + block)
-            t = _load(target_ptr, target_offset, classes, live_2d, start + block)
-            lane_max_q, e_q = _add_online(lane_max_q, e_q, s, factor_q)
-            lane_max_p, e_p = _add_online(lane_max_p, e_p, t, factor_p)
+            s = load_tile(input_ptr, input_offset, classes, live_2d, start + block)
+            t = load_tile(target_ptr, target_offset, classes, live_2d, start + block)
+            lane_max_q, e_q = add_online(lane_max_q, e_q, s, factor_q)
+            lane_max_p, e_p = add_online(lane_max_p, e_p, t, factor_p)
         max_q = tl.max(lane_max_q, 1)[:, None]
         max_p = tl.max(lane_max_p, 1)[:, None]
         e_q *= tl.exp2((lane_max_q - max_q) * factor_q)
         e_p *= tl.exp2((lane_max_p - max_p) * factor_p)
         e_difference = e_q - e_p
     else:
-        s = _load(input_ptr, input_offset, classes, live_2d, block)
-        t = _load(target_ptr, target_offset, classes, live_2d, block)
+        s = load_tile(input_ptr, input_offset, classes, live_2d, block)
+        t = load_tile(target_ptr, target_offset, classes, live_2d, block)
         max_q = tl.max(s, 1)[:, None]
         max_p = tl.max(t, 1)[:, None]
         e_q = tl.exp2((s - max_q) * factor_q)
         e_p = tl.exp2((t - max_p) * factor_p)
         quotient = _log_quotient(s, t, max_q, max_p, inverse_q, inverse_p)
         # The series leaves out even the rounding of the exponentials, which few classes do not average away.
-        e_difference = _term(e_p, e_q, quotient)[1]
+        e_difference = kl_term(e_p, e_q, quotient)[1]
 
     total_q = tl.sum(e_q, 1)[:, None]
     total_p = tl.sum(e_p, 1)[:, None]
-    log_ratio = _log_ratio(total_p, total_q, tl.sum(e_difference, 1)[:, None])
+    log_ratio = log_of_ratio(total_p, total_q, tl.sum(e_difference, 1)[:, None])
     norm_q = 1.0 / total_q
     norm_p = 1.0 / total_p
     grad_scale_q = row_scale * inverse_q
@@ -316,15 +192,15 @@ def kl_div_fwd_kernel(
         # Backwards, because the end of the row is what the cache still holds.
         for start in range(0, classes, BLOCK_N):
             column = last - start + block
-            s = _load(input_ptr, input_offset, classes, live_2d, column)
-            t = _load(target_ptr, target_offset, classes, live_2d, column)
+            s = load_tile(input_ptr, input_offset, classes, live_2d, column)
+            t = load_tile(target_ptr, target_offset, classes, live_2d, column)
             q = tl.exp2((s - max_q) * factor_q) * norm_q
             p = tl.exp2((t - max_p) * factor_p) * norm_p
             delta = _log_quotient(s, t, max_q, max_p, inverse_q, inverse_p) - log_ratio
-            excess, difference = _term(p, q, delta)
+            excess, difference = kl_term(p, q, delta)
             loss_lanes += excess
             if grad_input_ptr is not None:
-                _store(
+                store_tile(
                     grad_input_ptr,
                     output_offset,
                     classes,
@@ -345,9 +221,9 @@ def kl_div_fwd_kernel(
         q = e_q * norm_q
         p = e_p * norm_p
         delta = quotient - log_ratio
-        excess, difference = _term(p, q, delta)
+        excess, difference = kl_term(p, q, delta)
         if grad_input_ptr is not None:
-            _store(
+            store_tile(
                 grad_input_ptr, output_offset, classes, exists_2d, live_2d, block, difference * grad_scale_q
             )
         loss = tl.sum(excess, 1)[:, None]
@@ -355,9 +231,9 @@ def kl_div_fwd_kernel(
             input_moment = tl.sum(_moment(difference, p, s, max_q)[0], 1)[:, None]
 
     if loss_ptr is not None:
-        _store_per_row(loss_ptr, row, exists, live_2d, row_scale * loss)
+        store_per_row(loss_ptr, row, exists, live_2d, row_scale * loss)
     if INPUT_MOMENT:
-        _store_per_row(
+        store_per_row(
             grad_input_temperature_ptr, row, exists, live_2d, -grad_scale_q * inverse_q * input_moment
         )
 
@@ -368,13 +244,13 @@ def kl_div_fwd_kernel(
                 mean_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 weight_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(0, classes, BLOCK_N):
-                s = _load(input_ptr, input_offset, classes, live_2d, start + block)
-                t = _load(target_ptr, target_offset, classes, live_2d, start + block)
+                s = load_tile(input_ptr, input_offset, classes, live_2d, start + block)
+                t = load_tile(target_ptr, target_offset, classes, live_2d, start + block)
                 p = tl.exp2((t - max_p) * factor_p) * norm_p
                 delta = _log_quotient(s, t, max_q, max_p, inverse_q, inverse_p) - log_ratio
                 weight = _target_gradient(p, delta, loss)
                 if grad_target_ptr is not None:
-                    _store(
+                    store_tile(
                         grad_target_ptr,
                         output_offset,
                         classes,
@@ -393,13 +269,13 @@ def kl_div_fwd_kernel(
         else:
             weight = _target_gradient(p, delta, loss)
             if grad_target_ptr is not None:
-                _store(
+                store_tile(
                     grad_target_ptr, output_offset, classes, exists_2d, live_2d, block, weight * grad_scale_p
                 )
             if TARGET_MOMENT:
                 target_moment = tl.sum(_moment(weight, p, t, max_p)[0], 1)[:, None]
         if TARGET_MOMENT:
-            _store_per_row(
+            store_per_row(
                 grad_target_temperature_ptr, row, exists, live_2d, -grad_scale_p * inverse_p * target_moment
             )
 
