@@ -78,10 +78,9 @@ KDK_INLINE T total_variation_slope(T p, T q, T delta) {
   return select(difference > T(0), T(0.5), select(difference < T(0), T(-0.5), T(0)));
 }
 
-// first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q, from log P/M = -log(1 + (1 - mix)
-// (e^-D
-// - 1)) and log Q/M = -log(1 + mix (e^D - 1)). The slope is first (1 - mix) g + second (log Q/M -
-// mix g) with g = 1 - P/M.
+// first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q. With log P/M = -log(1 + (1 - mix)
+// (e^-D - 1)), log Q/M = -log(1 + mix (e^D - 1)) and g = 1 - P/M, the slope is first (1 - mix) g +
+// second (log Q/M - mix g).
 template <typename T>
 struct Mixture {
   T log_p, log_q;  // log P/M, log Q/M

@@ -604,9 +604,8 @@ struct LogitLossRow {
                          : alone || std::isinf(u_p) || std::isinf(u_q)
                              ? u_p - u_q
                              : pair.delta(s_label, t_label);
-        const BernoulliTerm<double> term = kD == Divergence::kDecoupled
-                                               ? bernoulli_kl_term(u_p, u_q, d)
-                                               : bernoulli_reverse_kl_term(u_p, u_q, d);
+        const BernoulliTerm<double> term =
+            bernoulli_term(u_p, u_q, d, kD == Divergence::kReverseDecoupled);
         first_part = params.first == 0 ? 0 : params.first * term.loss;
         terms.label_slope = static_cast<S>(params.first * term.gradient);
         if (s_alone && !t_alone && params.second != 0) first_part = INFINITY;

@@ -310,11 +310,12 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
       return {product(reverse ? q : p, minus_log),
               reverse ? minus_log : kl_term(p, q, log_ratio_of(s, t)).difference};
     } else if constexpr (kDivergence == Divergence::kMixture) {
-      const SlopeTerm<float> term = mixture_term(p, q, log_ratio_of(s, t), mix, first, second);
-      return {term.loss, term.slope};
+      const float delta = log_ratio_of(s, t);
+      return {mixture_loss(p, q, delta, mix, first, second),
+              mixture_slope(delta, mix, first, second)};
     } else if constexpr (kDivergence == Divergence::kTotalVariation) {
-      const SlopeTerm<float> term = total_variation_term(p, q, log_ratio_of(s, t));
-      return {term.loss, term.slope};
+      const float delta = log_ratio_of(s, t);
+      return {total_variation_loss(p, q, delta), total_variation_slope(p, q, delta)};
     } else {
       // In reverse the two exchange their parts, and the slope is -D.
       const float delta = reverse ? -log_ratio_of(s, t) : log_ratio_of(s, t);
