@@ -279,8 +279,13 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   float label_loss = 0, label_slope = 0;
   const Softmax one_q(q_sums.max, sums[kNormalized ? 1 : 0], label_input, input_one);
   if (kDecoupled && first != 0) {
-    const float u_q = input_alone ? INFINITY : -minus_log_q(label_input);
-    const float u_p = target_alone ? INFINITY : -minus_log_p(label_target);
+    // No distribution has a logit of +inf.
+    const float u_q = label_input == INFINITY ? NAN
+                      : input_alone           ? INFINITY
+                                              : -minus_log_q(label_input);
+    const float u_p = label_target == INFINITY ? NAN
+                      : target_alone           ? INFINITY
+                                               : -minus_log_p(label_target);
     const float d =
         input_alone || target_alone ? u_p - u_q : log_ratio_of(label_input, label_target);
     const BernoulliTerm<float> term = bernoulli_term(u_p, u_q, d, reverse);
