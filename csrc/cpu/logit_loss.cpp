@@ -1,11 +1,14 @@
 // Losses from two rows of logits on the CPU; formulas in ../kdkernels.h, one class of each
 // divergence in ../divergence.h.
 //
-//   sweep 1  maxima and sums of exponentials of both sides, in blocks, online (with standardize,
-//            first the spread of each side)
-//   sweep 2  loss and gradient; for a divergence whose gradient needs a mean over the row, or with
-//            standardize, loss and moments
-//   sweep 3  then the gradient
+//   sweep 1  maxima, exponentials and their sums of both sides, in blocks, online (with
+//            standardize, first the spread of each side)
+//   sweep 2  loss and gradient; of a divergence whose gradient needs a mean over the row, or with
+//            standardize, the gradient without that and its moments
+//   sweep 3  then what is to be added to it
+//
+// With many rows the exponentials stay where sweep 1 left them, in rows of each thread; with few,
+// when such rows would be much beside the gradient, they are made again block by block.
 //
 // A row comes from memory once and stays in the inner caches for the later sweeps. Threads take
 // contiguous runs of rows, and each row is summed in one fixed order, so that results do not depend
@@ -17,6 +20,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../divergence.h"
 #include "../kdkernels.h"
@@ -40,6 +44,8 @@ KDK_INLINE S below(S x, S max) {
 template <typename S>
 struct Pair {
   S s_factor, t_factor, t_extra;
+  S natural_factor, natural_offset = 0;
+  bool same;
   S together, t_apart, s_apart;  // D log2(e) = (t - s) together + t_below t_apart - ...
   S s_max = 0, t_max = 0, s_norm = 0, t_norm = 0, offset = 0;
   double s_log2 = 0, t_log2 = 0;  // of the sums
@@ -53,6 +59,8 @@ struct Pair {
     if (alike) t_like = t_exact == s_exact ? double(s_factor) : t_exact * (s_factor / s_exact);
     t_factor = static_cast<S>(t_like);
     t_extra = static_cast<S>(t_like - t_factor);
+    same = t_exact == s_exact;
+    natural_factor = static_cast<S>(kLn2 * s_factor);
     together = alike ? s_factor : S(0);
     t_apart = alike ? static_cast<S>(t_like - s_factor) : t_factor;
     s_apart = alike ? S(0) : s_factor;
@@ -69,8 +77,12 @@ struct Pair {
     s_norm = s_empty ? S(0) : static_cast<S>(1 / q_sum);
     t_norm = t_empty ? S(0) : static_cast<S>(1 / p_sum);
     const double difference = t_log2 - s_log2;
-    offset = static_cast<S>(alike ? (static_cast<double>(t_max) - s_max) * s_factor + difference
-                                  : difference);
+    const double exact =
+        alike ? (static_cast<double>(t_max) - s_max) * s_factor + difference : difference;
+    offset = static_cast<S>(exact);
+    // In the factor's own rounding: what is common to all t - s drops out exactly.
+    natural_offset =
+        static_cast<S>((static_cast<double>(t_max) - s_max) * natural_factor + kLn2 * difference);
   }
 
   KDK_INLINE S s_power(S s) const { return below(s, s_max) * s_factor; }
@@ -89,6 +101,12 @@ struct Pair {
   KDK_INLINE S log_p(S t) const {
     const S y = t_power(t) - static_cast<S>(t_log2);
     return select(t == -static_cast<S>(INFINITY), t, static_cast<S>(kLn2) * y);
+  }
+
+  // D where both factors are the same, with the logarithm's base in the factors.
+  KDK_INLINE S delta_of_same(S s, S t) const {
+    constexpr S kInfinity = static_cast<S>(INFINITY);
+    return select(t == -kInfinity, -kInfinity, (t - s) * natural_factor - natural_offset);
   }
 
   // -inf where P_j = 0 for a target of -inf, also where Q_j = 0 too.
@@ -124,11 +142,11 @@ struct Terms {
   S label_slope = 0;  // a decoupled divergence's derivative with respect to the label's log-odds
   Pair<S> pair{1, 1};
 
-  // One class, three ways to look at it: what they share is computed once in a loop that wants more
-  // than one. (A struct of all three keeps the compiler from vectorising.)
+  // One class, of logits s and t and D = log P - log Q: its part of the loss, and of the gradient,
+  // which for a divergence with slopes a_j is Q_j a_j, still without the mean. (Two functions: a
+  // struct of both keeps the compiler from vectorising.)
   template <Divergence kD>
-  KDK_INLINE S loss_of(S s, S t) const {
-    const S p = pair.p(t), q = pair.q(s), d = pair.delta(s, t);
+  KDK_INLINE S loss_of(S s, S t, S p, S q, S d) const {
     if constexpr (kD == Divergence::kReverseKl) {
       return reverse_kl_loss(p, q, d);
     } else if constexpr (kD == Divergence::kMixture) {
@@ -151,123 +169,103 @@ struct Terms {
   }
 
   template <Divergence kD>
-  KDK_INLINE S slope_of(S s, S t) const {
-    const S p = pair.p(t), q = pair.q(s), d = pair.delta(s, t);
+  KDK_INLINE S weight_of(S t, S p, S q, S d) const {
     if constexpr (kD == Divergence::kReverseKl) {
-      return reverse_kl_slope(d);
+      return slope_gradient(q, reverse_kl_slope(d), S(0));
     } else if constexpr (kD == Divergence::kMixture) {
-      return mixture_slope(d, mix, first, second);
+      return slope_gradient(q, mixture_slope(d, mix, first, second), S(0));
     } else if constexpr (kD == Divergence::kTotalVariation) {
-      return total_variation_slope(p, q, d);
+      return q * total_variation_slope(p, q, d);
     } else if constexpr (kD == Divergence::kReverseDecoupled) {
-      return second * reverse_kl_slope(d);
-    } else {
-      return -second * pair.log_p(t);
-    }
-  }
-
-  template <Divergence kD>
-  KDK_INLINE S gradient_of(S s, S t, S mean) const {
-    const S p = pair.p(t), q = pair.q(s), d = pair.delta(s, t);
-    if constexpr (kD == Divergence::kDecoupled) {
+      return slope_gradient(q, second * reverse_kl_slope(d), S(0));
+    } else if constexpr (kD == Divergence::kReverseNormalized) {
+      return slope_gradient(q, -second * pair.log_p(t), S(0));
+    } else if constexpr (kD == Divergence::kDecoupled) {
       return second * kl_difference(p, q, d) - label_slope * q;
-    } else if constexpr (kD == Divergence::kReverseDecoupled) {
-      return slope_gradient(q, slope_of<kD>(s, t), mean) - label_slope * q;
     } else if constexpr (kD == Divergence::kNormalized) {
       return second * kl_difference(p, q, d);
-    } else if constexpr (has_slope(kD)) {
-      return slope_gradient(q, slope_of<kD>(s, t), mean);
     } else {
       return kl_difference(p, q, d);
     }
   }
 };
 
-// Sums over a block. Of the gradient g: sum_j g_j y_j and sum_j g_j, y from the maximum, without
-// and over the logits of -inf; of Q: sum_j Q_j y_j and sum_j Q_j.
-struct Moments {
-  double moment = 0, weights = 0, dead = 0, center = 0, mass = 0;
-};
-
-template <Divergence kD, typename S>
-KDK_INLINE void measure_block(const Terms<S>& terms, const S* s, const S* t, int64_t n,
-                              double* loss, double* slope) {
-  const Terms<S> row = terms;
-  S sum = 0, slopes = 0;
-#pragma omp simd reduction(+ : sum, slopes)
-  for (int64_t j = 0; j < n; ++j) {
-    sum += row.template loss_of<kD>(s[j], t[j]);
-    if (has_slope(kD)) {
-      slopes += slope_gradient(row.pair.q(s[j]), row.template slope_of<kD>(s[j], t[j]), S(0));
-    }
-  }
-  *loss += sum, *slope += slopes;
-}
-
-template <Divergence kD, typename S>
-KDK_INLINE void moments_block(const Terms<S>& terms, const S* s, const S* t, int64_t n, S mean,
-                              Moments* found) {
-  const Terms<S> row = terms;
-  S sum = 0, weights = 0, dead = 0, of_q = 0, qs = 0;
-#pragma omp simd reduction(+ : sum, weights, dead, of_q, qs)
-  for (int64_t j = 0; j < n; ++j) {
-    const S q = row.pair.q(s[j]), y = below(s[j], row.pair.s_max);
-    const S g = row.template gradient_of<kD>(s[j], t[j], mean);
-    const bool masked = s[j] == -static_cast<S>(INFINITY);
-    sum += select(masked, S(0), g * y);
-    weights += g;
-    dead += select(masked, g, S(0));
-    of_q += q * y;
-    qs += q;
-  }
-  found->moment += sum, found->weights += weights, found->dead += dead;
-  found->center += of_q, found->mass += qs;
-}
-
-// g = factor times the gradient; the loss where the gradient needs no mean.
-template <Divergence kD, typename S>
-KDK_INLINE void gradient_block(const Terms<S>& terms, const S* s, const S* t, int64_t n, S factor,
-                               S mean, S* g, double* loss) {
-  const Terms<S> row = terms;
-  S sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    g[j] = factor * row.template gradient_of<kD>(s[j], t[j], mean);
-    if (!has_slope(kD)) sum += row.template loss_of<kD>(s[j], t[j]);
-  }
-  *loss += sum;
-}
-
-// Clones are made of plain functions only: one for each divergence and type of statistics.
+// A block of a row: its logits, their exponentials, and what these are to be multiplied with.
 template <typename S>
-struct Blocks {
-  void (*measure)(const Terms<S>&, const S*, const S*, int64_t, double*, double*);
-  void (*moments)(const Terms<S>&, const S*, const S*, int64_t, S, Moments*);
-  void (*gradient)(const Terms<S>&, const S*, const S*, int64_t, S, S, S*, double*);
+struct Block {
+  const S *s, *t;
+  const S *s_exp, *t_exp;
+  S q_scale, p_scale;
+  int64_t n;
 };
 
-template <Divergence kD, typename S>
-Blocks<S> blocks_of();
+// Sums over blocks: of the loss; of the weights w, of w_j y_j with y from the maximum, and of w
+// over the logits of -inf, which the other two leave out and do not; of Q_j y_j and Q_j.
+struct Found {
+  double loss = 0, weights = 0, moment = 0, dead = 0, center = 0, mass = 0;
+};
 
-#define KDK_BLOCKS(name, S)                                                                       \
-  KDK_CLONES void measure_##name##_##S(const Terms<S>& terms, const S* s, const S* t, int64_t n,  \
-                                       double* loss, double* slope) {                             \
-    measure_block<Divergence::k##name>(terms, s, t, n, loss, slope);                              \
-  }                                                                                               \
-  KDK_CLONES void moments_##name##_##S(const Terms<S>& terms, const S* s, const S* t, int64_t n,  \
-                                       S mean, Moments* found) {                                  \
-    moments_block<Divergence::k##name>(terms, s, t, n, mean, found);                              \
-  }                                                                                               \
-  KDK_CLONES void gradient_##name##_##S(const Terms<S>& terms, const S* s, const S* t, int64_t n, \
-                                        S factor, S mean, S* g, double* loss) {                   \
-    gradient_block<Divergence::k##name>(terms, s, t, n, factor, mean, g, loss);                   \
-  }                                                                                               \
-  template <>                                                                                     \
-  Blocks<S> blocks_of<Divergence::k##name, S>() {                                                 \
-    return {measure_##name##_##S, moments_##name##_##S, gradient_##name##_##S};                   \
+// g = factor w, and the sums; those from `moment` on only with kMoments.
+template <Divergence kD, bool kMoments, bool kSame, typename S>
+KDK_INLINE void visit_loop(const Terms<S>& terms, const Block<S>& block, S factor, S* g,
+                           Found* found) {
+  const Terms<S> row = terms;
+  const S *s = block.s, *t = block.t, *s_exp = block.s_exp, *t_exp = block.t_exp;
+  const S q_scale = block.q_scale, p_scale = block.p_scale;
+  S loss = 0, weights = 0, moment = 0, dead = 0, center = 0, mass = 0;
+#pragma omp simd reduction(+ : loss, weights, moment, dead, center, mass)
+  for (int64_t j = 0; j < block.n; ++j) {
+    const S p = t_exp[j] * p_scale, q = s_exp[j] * q_scale;
+    const S d = kSame ? row.pair.delta_of_same(s[j], t[j]) : row.pair.delta(s[j], t[j]);
+    const S w = row.template weight_of<kD>(t[j], p, q, d);
+    loss += row.template loss_of<kD>(s[j], t[j], p, q, d);
+    weights += w;
+    if (kMoments) {
+      const bool masked = s[j] == -static_cast<S>(INFINITY);
+      const S y = below(s[j], row.pair.s_max);
+      moment += select(masked, S(0), w * y);
+      dead += select(masked, w, S(0));
+      center += q * y;
+      mass += q;
+    }
+    g[j] = factor * w;
   }
-#define KDK_DIVERGENCES(of)                                                                       \
-  of(None) of(Kl) of(ReverseKl) of(Mixture) of(TotalVariation) of(Decoupled) of(ReverseDecoupled) \
+  found->loss += loss, found->weights += weights;
+  found->moment += moment, found->dead += dead, found->center += center, found->mass += mass;
+}
+
+template <Divergence kD, bool kMoments, typename S>
+KDK_INLINE void visit_block(const Terms<S>& terms, const Block<S>& block, S factor, S* g,
+                            Found* found) {
+  if (terms.pair.same) {
+    visit_loop<kD, kMoments, true>(terms, block, factor, g, found);
+  } else {
+    visit_loop<kD, kMoments, false>(terms, block, factor, g, found);
+  }
+}
+
+// Clones are made of plain functions only: two for each divergence and type of statistics.
+template <typename S>
+using Visit = void (*)(const Terms<S>&, const Block<S>&, S, S*, Found*);
+
+template <Divergence kD, typename S>
+Visit<S> visit_of(bool moments);
+
+#define KDK_BLOCKS(name, S)                                                                        \
+  KDK_CLONES void visit_##name##_##S(const Terms<S>& terms, const Block<S>& block, S factor, S* g, \
+                                     Found* found) {                                               \
+    visit_block<Divergence::k##name, false>(terms, block, factor, g, found);                       \
+  }                                                                                                \
+  KDK_CLONES void moments_##name##_##S(const Terms<S>& terms, const Block<S>& block, S factor,     \
+                                       S* g, Found* found) {                                       \
+    visit_block<Divergence::k##name, true>(terms, block, factor, g, found);                        \
+  }                                                                                                \
+  template <>                                                                                      \
+  Visit<S> visit_of<Divergence::k##name, S>(bool moments) {                                        \
+    return moments ? moments_##name##_##S : visit_##name##_##S;                                    \
+  }
+#define KDK_DIVERGENCES(of)                                                              \
+  of(Kl) of(ReverseKl) of(Mixture) of(TotalVariation) of(Decoupled) of(ReverseDecoupled) \
       of(Normalized) of(ReverseNormalized) of(Statistics)
 #define KDK_BLOCKS_OF(name) KDK_BLOCKS(name, float) KDK_BLOCKS(name, double)
 KDK_DIVERGENCES(KDK_BLOCKS_OF)
@@ -281,52 +279,92 @@ KDK_INLINE S max_of(const S* x, int64_t n) {
   return max;
 }
 
+// out_j = 2^((x_j - max) (factor + extra)), and their sum.
 template <typename S>
-KDK_INLINE double exp_sum_of(const S* x, int64_t n, S max, S factor, S extra) {
+KDK_INLINE double exp_to(const S* x, int64_t n, S max, S factor, S extra, S* out) {
   S sum = 0;
+  if (extra == 0) {
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const S y = below(x[j], max);
-    sum += exp2_above(y * factor + y * extra);
+    for (int64_t j = 0; j < n; ++j) {
+      out[j] = exp2_or_zero((x[j] - max) * factor);
+      sum += out[j];
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+      const S y = below(x[j], max);
+      out[j] = exp2_or_zero(y * factor + y * extra);
+      sum += out[j];
+    }
   }
   return sum;
 }
 
-// sum_j (x_j - from)^power and how many there are, of what is not -inf.
+// x to the power of 2^squarings.
 template <typename S>
-KDK_INLINE double power_sum_of(const S* x, int64_t n, S top, double from, bool square,
-                               double* count) {
-  double sum = 0, live = 0;
+KDK_INLINE S squared(S x, int squarings) {
+  for (int k = 0; k < squarings; ++k) x *= x;
+  return x;
+}
+
+// Sums of x_j to that power.
+template <int kSquarings, typename S>
+KDK_INLINE double power_sum_to(const S* x, int64_t n) {
+  S sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += squared(x[j], kSquarings);
+  return sum;
+}
+
+// g_j += weight (x_j scale)^(2^kSquarings); returns the sum of that times s_j - max.
+template <int kSquarings, typename S>
+KDK_INLINE double add_power_to(S* g, const S* x, const S* s, int64_t n, S scale, S weight, S max) {
+  S moment = 0;
+#pragma omp simd reduction(+ : moment)
+  for (int64_t j = 0; j < n; ++j) {
+    const S part = weight * squared(x[j] * scale, kSquarings);
+    g[j] += part;
+    moment += part * below(s[j], max);
+  }
+  return moment;
+}
+
+// Sum over what is not -inf: of x_j - from, of its square, and of ones.
+template <typename S>
+KDK_INLINE double live_sum_of(const S* x, int64_t n, S from, double* count) {
+  S sum = 0, live = 0;
 #pragma omp simd reduction(+ : sum, live)
   for (int64_t j = 0; j < n; ++j) {
     const bool masked = x[j] == -static_cast<S>(INFINITY);
-    const double z = static_cast<double>(x[j] - top) - from;
-    sum += masked ? 0.0 : square ? z * z : z;
-    live += masked ? 0.0 : 1.0;
+    sum += select(masked, S(0), x[j] - from);
+    live += select(masked, S(0), S(1));
   }
   *count += live;
   return sum;
 }
 
-// A softmax at temperature 1 whose part in the gradient is weight 2^((s - max) factor).
 template <typename S>
-struct Unit {
-  S factor = 0, weight = 0, max = 0;
-};
-
-// g += the softmax's part; returns the sum of that times s - max.
-template <typename S>
-KDK_INLINE double add_unit_to(S* g, const S* s, int64_t n, const Unit<S>& unit) {
-  const Unit<S> row = unit;
-  S moment = 0;
-#pragma omp simd reduction(+ : moment)
+KDK_INLINE double squares_of(const S* x, int64_t n, S from, S rest) {
+  S sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const S y = below(s[j], row.max);
-    const S part = row.weight * exp2_or_zero(y * row.factor);
-    g[j] += part;
-    moment += part * y;
+    const S z = (x[j] - from) - rest;
+    sum += select(x[j] == -static_cast<S>(INFINITY), S(0), z * z);
   }
-  return moment;
+  return sum;
+}
+
+// g_j = factor (g_j - mean Q_j) with g = Q_j a_j, where an infinite slope or mean gives its
+// one-sided limits.
+template <typename S>
+KDK_INLINE void center_of(S* g, const S* s_exp, S q_scale, int64_t n, S factor, S mean) {
+  constexpr S kInfinity = static_cast<S>(INFINITY);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const S q = s_exp[j] * q_scale;
+    const S w = select(g[j] == kInfinity, kInfinity, g[j] - mean * q);
+    g[j] = factor * select(q == S(0), g[j], w);
+  }
 }
 
 // g_j -= slope (s_j - about) + level where s_j is not -inf.
@@ -355,23 +393,48 @@ KDK_INLINE void statistics_of(const Terms<S>& terms, const S* s, const S* t, int
   sums[0] += p_sum, sums[1] += q_sum, sums[2] += least;
 }
 
-#define KDK_LOOPS(S)                                                                               \
-  KDK_CLONES S maximum(const S* x, int64_t n) { return max_of(x, n); }                             \
-  KDK_CLONES double exp_sum(const S* x, int64_t n, S max, S factor, S extra) {                     \
-    return exp_sum_of(x, n, max, factor, extra);                                                   \
-  }                                                                                                \
-  KDK_CLONES double power_sum(const S* x, int64_t n, S top, double from, bool square, double* c) { \
-    return power_sum_of(x, n, top, from, square, c);                                               \
-  }                                                                                                \
-  KDK_CLONES double add_unit(S* g, const S* s, int64_t n, const Unit<S>& unit) {                   \
-    return add_unit_to(g, s, n, unit);                                                             \
-  }                                                                                                \
-  KDK_CLONES void subtract_line(S* g, const S* s, int64_t n, S slope, S about, S level) {          \
-    subtract_line_from(g, s, n, slope, about, level);                                              \
-  }                                                                                                \
-  KDK_CLONES void statistics(const Terms<S>& terms, const S* s, const S* t, int64_t n,             \
-                             double* sums) {                                                       \
-    statistics_of(terms, s, t, n, sums);                                                           \
+// The exponents that a temperature of 1, 2, 4, 8 or 16 leads back to 1.
+constexpr int kMostSquarings = 4;
+#define KDK_BY_SQUARINGS(call) \
+  switch (squarings) {         \
+    case 0:                    \
+      return call(0);          \
+    case 1:                    \
+      return call(1);          \
+    case 2:                    \
+      return call(2);          \
+    case 3:                    \
+      return call(3);          \
+    default:                   \
+      return call(4);          \
+  }
+
+#define KDK_SUM(k) power_sum_to<k>(x, n)
+#define KDK_ADD(k) add_power_to<k>(g, x, s, n, scale, weight, max)
+#define KDK_LOOPS(S)                                                                            \
+  KDK_CLONES S maximum(const S* x, int64_t n) { return max_of(x, n); }                          \
+  KDK_CLONES double exponentials(const S* x, int64_t n, S max, S factor, S extra, S* out) {     \
+    return exp_to(x, n, max, factor, extra, out);                                               \
+  }                                                                                             \
+  KDK_CLONES double power_sum(const S* x, int64_t n, int squarings){                            \
+      KDK_BY_SQUARINGS(KDK_SUM)} KDK_CLONES double add_power(S* g, const S* x, const S* s,      \
+                                                             int64_t n, int squarings, S scale, \
+                                                             S weight, S max){KDK_BY_SQUARINGS( \
+      KDK_ADD)} KDK_CLONES double live_sum_from(const S* x, int64_t n, S from, double* count) { \
+    return live_sum_of(x, n, from, count);                                                      \
+  }                                                                                             \
+  KDK_CLONES double squares(const S* x, int64_t n, S from, S rest) {                            \
+    return squares_of(x, n, from, rest);                                                        \
+  }                                                                                             \
+  KDK_CLONES void center(S* g, const S* s_exp, S q_scale, int64_t n, S factor, S mean) {        \
+    center_of(g, s_exp, q_scale, n, factor, mean);                                              \
+  }                                                                                             \
+  KDK_CLONES void subtract_line(S* g, const S* s, int64_t n, S slope, S about, S level) {       \
+    subtract_line_from(g, s, n, slope, about, level);                                           \
+  }                                                                                             \
+  KDK_CLONES void statistics(const Terms<S>& terms, const S* s, const S* t, int64_t n,          \
+                             double* sums) {                                                    \
+    statistics_of(terms, s, t, n, sums);                                                        \
   }
 KDK_LOOPS(float)
 KDK_LOOPS(double)
@@ -433,23 +496,20 @@ int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Sum of 2^((x - max) factor) over what has been seen of a row, a block's maximum given with it.
+// Sum of 2^((x - max) factor) over what has been seen of a row.
 template <typename S>
 struct Sum {
-  S factor;  // log2(e) over a temperature
-  S extra;   // what the rounding of factor took off
+  double factor;  // log2(e) over a temperature
   S max = -static_cast<S>(INFINITY);
   double sum = 0;
 
-  Sum(S factor, S extra) : factor(factor), extra(extra) {}
+  explicit Sum(double factor) : factor(factor) {}
 
-  void add(const S* x, int64_t n, S block_max) {
+  void rise(S block_max) {
     if (block_max > max) {
       if (sum != 0) sum *= std::exp2((static_cast<double>(max) - block_max) * factor);
       max = block_max;
     }
-    const double block_sum = exp_sum(x, n, max, factor, extra);
-    if (max != -static_cast<S>(INFINITY)) sum += block_sum;
   }
 
   // log2 of the sum with one more term, 2^((x - max) factor).
@@ -460,9 +520,9 @@ struct Sum {
   }
 };
 
-// Mean, taken from the maximum, and standard deviation (over count - 1) of what is not -inf.
+// Mean and standard deviation (over count - 1) of what is not -inf.
 struct Spread {
-  double max = -INFINITY, mean = 0, deviation = 0, count = 0;
+  double mean = 0, deviation = 0, count = 0;
 
   bool flat() const { return !(deviation > 0); }
   double inverse() const { return flat() ? 1 : 1 / (1e-7 + deviation); }
@@ -476,14 +536,36 @@ struct Spread {
         body(row.block(begin, n, buffer), n);
       }
     };
-    S top = -static_cast<S>(INFINITY);
-    blocks([&](const S* x, int64_t n) { top = std::max(top, maximum(x, n)); });
-    max = top;
-    blocks([&](const S* x, int64_t n) { mean += power_sum(x, n, top, 0, false, &count); });
-    mean = count > 0 ? mean / count : 0;
-    double squares = 0, again = 0;
-    blocks([&](const S* x, int64_t n) { squares += power_sum(x, n, top, mean, true, &again); });
-    deviation = count > 1 ? std::sqrt(squares / (count - 1)) : 0;
+    // From one of the logits: a constant row is exactly 0.
+    S from = -static_cast<S>(INFINITY);
+    for (int64_t j = 0; j < classes && from == -static_cast<S>(INFINITY); ++j) from = row.at(j);
+    double sum = 0;
+    blocks([&](const S* x, int64_t n) { sum += live_sum_from(x, n, from, &count); });
+    const S rest = static_cast<S>(count > 0 ? sum / count : 0);
+    double of_squares = 0;
+    blocks([&](const S* x, int64_t n) { of_squares += squares(x, n, from, rest); });
+    mean = static_cast<double>(from) + rest;
+    deviation = count > 1 ? std::sqrt(of_squares / (count - 1)) : 0;
+  }
+};
+
+// What a thread keeps of a row: the exponentials of both sides and of the input at temperature 1,
+// each block's as seen from the maximum so far, and a gradient of floats that will be halves.
+template <typename S>
+struct Scratch {
+  bool keep;
+  std::vector<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
+
+  Scratch(const LogitLossParams& params, bool later_sweep) {
+    keep = params.rows >= 64;
+    if (keep) {
+      const int64_t blocks = params.classes / kBlock + 1;
+      for (auto* row : {&s_exp, &t_exp, &raw_exp}) row->resize(params.classes);
+      for (auto* row : {&s_max, &t_max}) row->resize(blocks);
+    }
+    if (later_sweep && params.dtype != DType::kFloat32 && params.dtype != DType::kFloat64) {
+      gradient.resize(params.classes);
+    }
   }
 };
 
@@ -499,6 +581,7 @@ struct LogitLossRow {
   const LogitLossParams& params;
   Source<S> input, target;  // with a kLabel divergence, without the label's class
   Terms<S> terms;
+  Scratch<S>& scratch;
 
   template <typename Body>
   void blocks(const Body& body) const {
@@ -542,28 +625,60 @@ struct LogitLossRow {
     pair = Pair<S>(s_inverse / temperature * kLog2E, t_inverse / target_temperature * kLog2E);
 
     // Sweep 1.
-    constexpr S kLog2EFloat = static_cast<S>(kLog2E);
-    Sum<S> q(pair.s_factor, 0), p(pair.t_factor, pair.t_extra), raw_sum(kLog2EFloat, 0);
-    Sum<S> q_unit(static_cast<S>(kLog2E * s_inverse), 0),
-        p_unit(static_cast<S>(kLog2E * t_inverse), 0);
+    const double raw_factor = static_cast<S>(kLog2E);
+    const double unit_factor = static_cast<S>(kLog2E * s_inverse);
+    Sum<S> q(pair.s_factor), p(double(pair.t_factor) + pair.t_extra), raw_sum(raw_factor);
+    Sum<S> q_unit(unit_factor), p_unit(static_cast<S>(kLog2E * t_inverse));
+    // How a softmax at temperature 1 comes from the exponentials that there are: -1 if it does not.
+    const auto squarings_to = [](const Sum<S>& from, double factor) {
+      for (int k = 0; k <= kMostSquarings; ++k) {
+        if (kSoft && std::ldexp(from.factor, k) == factor) return k;
+      }
+      return -1;
+    };
+    const int raw_squarings = squarings_to(q, raw_factor);
+    const int q_squarings = squarings_to(q, unit_factor);
+    const int p_squarings = squarings_to(p, p_unit.factor);
     double live = 0, live_sum = 0;
     int64_t s_top = 0, t_top = 0;
     const bool smooth = params.hard_weight != 0 && params.label_smoothing != 0;
+    const auto add = [](Sum<S>& sum, const S* x, const S* exps, int squarings, int64_t n, S max,
+                        S* out) {
+      sum.rise(max);
+      if (sum.max == -static_cast<S>(INFINITY)) return;
+      sum.sum += squarings < 0 ? exponentials(x, n, sum.max, static_cast<S>(sum.factor), S(0), out)
+                               : power_sum(exps, n, squarings);
+    };
+    S s_buffer[kBlock], t_buffer[kBlock], buffer[kBlock] = {};
     blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+      S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
+      S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
+      S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
       const S s_max = maximum(s, n);
-      if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
       if (kSoft) {
         const S t_max = maximum(t, n);
+        if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
         if (kStatistics && t_max > p.max) t_top = begin + (std::find(t, t + n, t_max) - t);
-        q.add(s, n, s_max);
-        p.add(t, n, t_max);
-        if (kNormalized) {
-          q_unit.add(s, n, s_max);
-          p_unit.add(t, n, t_max);
+        q.rise(s_max);
+        p.rise(t_max);
+        const double of_q = exponentials(s, n, q.max, pair.s_factor, S(0), s_exp);
+        const double of_p = exponentials(t, n, p.max, pair.t_factor, pair.t_extra, t_exp);
+        // Where all so far is -inf there is nothing to add.
+        if (q.max != -static_cast<S>(INFINITY)) q.sum += of_q;
+        if (p.max != -static_cast<S>(INFINITY)) p.sum += of_p;
+        if (scratch.keep) {
+          scratch.s_max[begin / kBlock] = q.max;
+          scratch.t_max[begin / kBlock] = p.max;
         }
+        if (kNormalized) {
+          add(q_unit, s, s_exp, q_squarings, n, s_max, buffer);
+          add(p_unit, t, t_exp, p_squarings, n, t_max, buffer);
+        }
+      } else if (scratch.keep) {
+        scratch.s_max[begin / kBlock] = std::max(raw_sum.max, s_max);
       }
-      if (raw) raw_sum.add(s, n, s_max);
-      if (smooth) live_sum += power_sum(s, n, S(0), 0, false, &live);
+      if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
+      if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
     });
     const double s_label = label < 0 ? 0 : double(Source<S>{input.data, input.dtype, -1}.at(label));
     if (kLabel && smooth && s_label > -INFINITY) live_sum += s_label, live += 1;
@@ -632,45 +747,86 @@ struct LogitLossRow {
     const double raw_slope = scale * (params.hard_weight + 2 * params.z_loss * lse);
     const double onehot = scale * params.hard_weight * (1 - params.label_smoothing);
     const double uniform = smooth ? scale * params.hard_weight * params.label_smoothing / live : 0;
-    Unit<S> unit_soft, unit_raw;
     double unit_share = 1;  // of the label in the input's softmax at temperature 1
+    // Softmaxes at temperature 1: their weight in the gradient over their sum.
+    S unit_weight = 0, raw_weight = 0;
     if (kNormalized && unit_slope != 0 && q_unit.sum != 0) {
       const double log2_sum = q_unit.log2_with(s_label);
       unit_share = std::exp2((s_label - q_unit.max) * q_unit.factor - log2_sum);
-      unit_soft = {q_unit.factor, static_cast<S>(unit_slope * std::exp2(-log2_sum)), q_unit.max};
+      unit_weight = static_cast<S>(unit_slope * std::exp2(-log2_sum));
     }
     if (raw_slope != 0 && raw_sum.sum != 0) {
-      unit_raw = {kLog2EFloat, static_cast<S>(raw_slope * std::exp2(-raw_log2)), raw_sum.max};
+      raw_weight = static_cast<S>(raw_slope * std::exp2(-raw_log2));
     }
 
-    const Blocks<S> kernels = blocks_of<kD, S>();
+    // The exponentials of a block, and their scale: made again from the row's maxima, or as kept.
+    const auto block_of = [&](const S* s, const S* t, int64_t n, int64_t begin) {
+      if (!scratch.keep) {
+        exponentials(s, n, pair.s_max, pair.s_factor, S(0), s_buffer);
+        exponentials(t, n, pair.t_max, pair.t_factor, pair.t_extra, t_buffer);
+        return Block<S>{s, t, s_buffer, t_buffer, pair.s_norm, pair.t_norm, n};
+      }
+      const S s_max = scratch.s_max[begin / kBlock], t_max = scratch.t_max[begin / kBlock];
+      const auto rescale = [](S of, S then, S now, double factor) {
+        return then == now
+                   ? of
+                   : static_cast<S>(of * std::exp2((static_cast<double>(then) - now) * factor));
+      };
+      return Block<S>{s,
+                      t,
+                      scratch.s_exp.data() + begin,
+                      scratch.t_exp.data() + begin,
+                      rescale(pair.s_norm, s_max, pair.s_max, q.factor),
+                      rescale(pair.t_norm, t_max, pair.t_max, p.factor),
+                      n};
+    };
+    // g += weight times the exponentials at temperature 1, seen from `max`: powers of the tempered
+    // ones, or kept ones, or made here.
+    const auto add_unit = [&](S* g, const Block<S>& block, int64_t begin, double factor,
+                              int squarings, S weight, S max, bool is_raw) {
+      const S* exps = squarings < 0 ? buffer : block.s_exp;
+      S scale = 1;
+      if (squarings >= 0) {
+        const S then = scratch.keep ? scratch.s_max[begin / kBlock] : max;
+        if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * q.factor));
+      } else if (is_raw && scratch.keep) {
+        exps = scratch.raw_exp.data() + begin;
+        const S then = scratch.s_max[begin / kBlock];
+        if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * factor));
+      } else {
+        exponentials(block.s, block.n, max, static_cast<S>(factor), S(0), buffer);
+      }
+      return add_power(g, exps, block.s, block.n, std::max(squarings, 0), scale, weight, max);
+    };
 
-    // Sweep 2, with the gradient where that needs nothing more, and sweep 3.
+    // Sweep 2.
     const bool wants_moment = temperature_out != nullptr || (spread && gradient != nullptr);
     const bool at_once = !kSlope && !spread;
-    double loss = 0, mean = 0;
+    const bool floats = params.dtype == DType::kFloat32 || params.dtype == DType::kFloat64;
     // With standardize: g_j is less level + correction (s_j - about), about the mean.
     double correction = 0, level = 0;
-    const double about = spread ? s_spread.max + s_spread.mean : 0;
-    S buffer[kBlock] = {};
-    const auto write = [&](const S* s, const S* t, int64_t n, int64_t begin) {
-      S* g = buffer;
-      if (params.dtype == DType::kFloat32 || params.dtype == DType::kFloat64) {
-        g = reinterpret_cast<S*>(gradient) + begin;
+    const double about = spread ? s_spread.mean : 0;
+    Found found;
+    double unit_moment = 0;
+    S work[kBlock];
+    const auto row_at = [&](int64_t begin) {
+      return gradient == nullptr ? work
+             : floats            ? reinterpret_cast<S*>(gradient) + begin
+             : at_once           ? work
+                                 : scratch.gradient.data() + begin;
+    };
+    // What the gradient has besides the soft term, and out with it.
+    const auto finish = [&](S* g, const Block<S>& block, int64_t begin) {
+      const int64_t n = block.n;
+      if (kNormalized && unit_weight != 0) {
+        add_unit(g, block, begin, q_unit.factor, q_squarings, unit_weight, q_unit.max, false);
       }
-      if constexpr (kSoft) {
-        double found = 0;
-        kernels.gradient(terms, s, t, n, static_cast<S>(soft_factor), static_cast<S>(mean), g,
-                         &found);
-        if (at_once) loss += found;
-        if (kNormalized && unit_soft.weight != 0) add_unit(g, s, n, unit_soft);
-      } else {
-        std::fill_n(g, n, S(0));
+      if (raw_weight != 0) {
+        add_unit(g, block, begin, raw_factor, raw_squarings, raw_weight, raw_sum.max, true);
       }
-      if (unit_raw.weight != 0) add_unit(g, s, n, unit_raw);
       if (correction != 0 || level != 0 || uniform != 0) {
         const S middle = static_cast<S>(about);
-        subtract_line(g, s, n, static_cast<S>(correction), middle,
+        subtract_line(g, block.s, n, static_cast<S>(correction), middle,
                       static_cast<S>(level + uniform + correction * (middle - about)));
       }
       if (label >= begin && label < begin + n) {
@@ -686,29 +842,41 @@ struct LogitLossRow {
       }
       store_block(g, n, begin, params.dtype, gradient);
     };
-
-    if (kSoft && (!at_once || gradient == nullptr)) {
-      blocks([&](const S* s, const S* t, int64_t n, int64_t) {
-        kernels.measure(terms, s, t, n, &loss, &mean);
+    double sums[3] = {};  // both entropies, in bits, and the overlap
+    if constexpr (kSoft) {
+      const Visit<S> visit = visit_of<kD, S>(wants_moment);
+      const S factor = static_cast<S>(kSlope ? 1 : soft_factor);
+      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+        const Block<S> block = block_of(s, t, n, begin);
+        S* g = row_at(begin);
+        visit(terms, block, factor, g, &found);
+        if (at_once && gradient != nullptr) finish(g, block, begin);
+        if (wants_moment && unit_weight != 0) {
+          S unused[kBlock] = {};
+          unit_moment += add_unit(unused, block, begin, q_unit.factor, q_squarings, unit_weight,
+                                  q_unit.max, false);
+        }
+        if (kStatistics) statistics(terms, s, t, n, sums);
       });
-      // The mean of these slopes is the loss itself, whose terms are all of one sign.
-      if (kD == Divergence::kReverseKl || kD == Divergence::kReverseDecoupled ||
-          kD == Divergence::kReverseNormalized) {
-        mean = loss;
-      }
     }
+    const double loss = found.loss;
+    // The mean of these slopes is the loss itself, whose terms are all of one sign.
+    const bool loss_is_mean = kD == Divergence::kReverseKl || kD == Divergence::kReverseDecoupled ||
+                              kD == Divergence::kReverseNormalized;
+    // With it goes what else is to be taken off times Q.
+    const double mean = !kSlope ? 0
+                                : (loss_is_mean ? loss : found.weights) +
+                                      (kD == Divergence::kReverseDecoupled ? terms.label_slope : 0);
     if (kSoft && wants_moment) {
-      Moments found;
-      double unit_moment = 0;
-      blocks([&](const S* s, const S* t, int64_t n, int64_t) {
-        kernels.moments(terms, s, t, n, static_cast<S>(mean), &found);
-        if (unit_soft.weight != 0) unit_moment += add_unit(buffer, s, n, unit_soft);
-      });
+      found.moment -= mean * found.center;
+      found.weights -= mean * found.mass;
       if constexpr (kLabel) {
         found.weights += terms.label_slope;
         if (s_label > -INFINITY) {
           found.moment += terms.label_slope * (s_label - pair.s_max);
-          unit_moment += unit_slope * (unit_share - 1) * (s_label - unit_soft.max);
+          if (unit_weight != 0) {
+            unit_moment += unit_slope * (unit_share - 1) * (s_label - q_unit.max);
+          }
         } else {
           found.dead += terms.label_slope;
         }
@@ -718,7 +886,7 @@ struct LogitLossRow {
       double moment = found.moment;
       if (found.mass > 0) moment -= found.weights * found.center / found.mass;
       // An infinite loss has weight on logits of -inf, which the others lack.
-      moment -= found.dead * (pair.s_max - (spread ? about : 0));
+      moment -= found.dead * (pair.s_max - about);
       if (temperature_out != nullptr) {
         temperature_out[r] = static_cast<S>(moment == 0 ? 0 : -soft_factor * moment / temperature);
       }
@@ -730,11 +898,21 @@ struct LogitLossRow {
     } else if (temperature_out != nullptr) {
       temperature_out[r] = 0;
     }
-    double sums[3] = {};  // both entropies, in bits, and the overlap
-    if constexpr (kStatistics) {
-      blocks([&](const S* s, const S* t, int64_t n, int64_t) { statistics(terms, s, t, n, sums); });
+    // Sweep 3.
+    if (gradient != nullptr && !(kSoft && at_once)) {
+      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+        const Block<S> block =
+            kSoft ? block_of(s, t, n, begin) : Block<S>{s, t, nullptr, nullptr, 0, 0, n};
+        S* g = row_at(begin);
+        if (kSlope) {
+          center(g, block.s_exp, block.q_scale, n, static_cast<S>(soft_factor),
+                 static_cast<S>(mean));
+        } else if (!kSoft) {
+          std::fill_n(g, n, S(0));
+        }
+        finish(g, block, begin);
+      });
     }
-    if (gradient != nullptr) blocks(write);
 
     double soft = 0;
     if constexpr (kNormalized) {
@@ -761,6 +939,7 @@ template <Divergence kD, typename S>
 int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_row) {
   const int64_t size = size_of(params.dtype);
   const bool needs_label = of_labels(kD) || params.hard_weight != 0;
+  Scratch<S> scratch(params, has_slope(kD) || params.standardize || kD == Divergence::kNone);
   for (int64_t r = begin_row; r < end_row; ++r) {
     if (params.mask != nullptr && params.mask[r] == 0) {
       if (params.loss != nullptr) static_cast<S*>(params.loss)[r] = 0;
@@ -789,7 +968,8 @@ int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_ro
         params,
         input,
         target,
-        {static_cast<S>(params.first), static_cast<S>(params.second), static_cast<S>(params.mix)}};
+        {static_cast<S>(params.first), static_cast<S>(params.second), static_cast<S>(params.mix)},
+        scratch};
     work.run(r, label);
   }
   return -1;
@@ -799,7 +979,7 @@ using Rows = int64_t (*)(const LogitLossParams&, int64_t, int64_t);
 #define KDK_ROWS_OF(name) rows_of<Divergence::k##name, S>,
 // In the order of Divergence.
 template <typename S>
-constexpr Rows kRows[] = {KDK_DIVERGENCES(KDK_ROWS_OF)};
+constexpr Rows kRows[] = {rows_of<Divergence::kNone, S>, KDK_DIVERGENCES(KDK_ROWS_OF)};
 
 }  // namespace
 
