@@ -98,17 +98,6 @@ def _among(
 
 
 @triton.jit
-def _exp(x):
-    # e^x for x <= 0, by 2^n e^r with x = n log 2 + r: the rounding of x log2(e) alone would be |x| ulps, and what is
-    # left of 1 shows it.
-    x = tl.where(x < -120.0, -120.0, x)
-    n = tl.floor(x * LOG2E + 0.5)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    e = tl.exp2(r * LOG2E) * tl.exp2(n)
-    return tl.where(x > -120.0, e, tl.where(x == -120.0, 0.0, x))
-
-
-@triton.jit
 def _add(
     maximum,  # (BLOCK_M, BLOCK_N)
     total,  # (BLOCK_M, BLOCK_N)
@@ -235,7 +224,7 @@ def topk_kl_div_kernel(
     else:
         if TAIL == BUCKET:
             origin = tl.maximum(max_i, max_r)
-            # What I and the others sum to is a row's two numbers whose rounding would show: they are float64.
+            # What I and the others sum to on either side is few numbers, whose rounding would show: they are float64.
             rest_r = tl.sum((lane_total * fall).to(tl.float64), 1)[:, None]
             rest_r *= tl.exp((max_r - origin).to(tl.float64) * inverse.to(tl.float64))
             total_i = tl.sum(tl.exp2((s_i - origin) * factor).to(tl.float64), 1)[:, None]
@@ -245,7 +234,8 @@ def topk_kl_div_kernel(
             origin = max_r
             total = total_r
             log_total = tl.log(total)
-        p = _exp(log_p)
+        exact_p = tl.exp(log_p.to(tl.float64))
+        p = exact_p.to(tl.float32)
         q = tl.exp2((s_i - origin) * factor) * (1.0 / total)
         # From the maxima, where what is close to each other is close to 0.
         offset = log_total - ((max_i - origin) * inverse - max_p)
@@ -253,9 +243,8 @@ def topk_kl_div_kernel(
         mass = tl.sum(p, 1)[:, None]
         if TAIL == BUCKET:
             q_r = (rest_r / (total_i + rest_r)).to(tl.float32)
-            left_over = 1.0 - tl.sum(p.to(tl.float64), 1)[:, None]
-            # Less than what rounding P may have left is nothing.
-            left_over = tl.where(left_over < 6e-8, 0.0, left_over)
+            left_over = 1.0 - tl.sum(exact_p, 1)[:, None]
+            left_over = tl.where(left_over < 0.0, 0.0, left_over)
             p_r = left_over.to(tl.float32)
             # A sum too small for any float has a logarithm all the same.
             log_q_r = ((max_r - origin) * inverse + tl.log(total_r)).to(tl.float64) - log_total
