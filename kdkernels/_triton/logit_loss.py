@@ -73,7 +73,6 @@ def bytes_moved(
     *,
     standardize: bool = False,
     hard: bool = False,
-    z_loss: bool = False,
     outputs: Collection[str] = ("loss", "grad_input"),
 ) -> int:
     """Bytes read and written for `outputs`; mask and the scales and temperatures of rows left out."""
@@ -427,6 +426,9 @@ def logit_loss_kernel(
             label_t = tl.load(target_ptr + (target_offset + label), mask=live_2d & named, other=0.0).to(
                 tl.float32
             )
+            # No distribution has it; apart from the others it would not show.
+            infinite = (label_s == float("inf")) | (label_t == float("inf"))
+            row_scale = tl.where(infinite, float("nan"), row_scale)
         label = tl.where(named, label, 0).to(tl.int32)
 
     # A row in registers is one step of every sweep.
@@ -753,10 +755,10 @@ def logit_loss_kernel(
         if DIVERGENCE == STATISTICS:
             agree = tl.min(first_p, 1)[:, None] == tl.min(first_q, 1)[:, None]
             of_row = (
-                tl.sum(entropy_p, 1)[:, None],
-                tl.sum(entropy_q, 1)[:, None],
-                tl.sum(overlap, 1)[:, None],
-                tl.where(agree, 1.0, 0.0),
+                row_scale * tl.sum(entropy_p, 1)[:, None],
+                row_scale * tl.sum(entropy_q, 1)[:, None],
+                row_scale * tl.sum(overlap, 1)[:, None],
+                row_scale * tl.where(agree, 1.0, 0.0),
             )
         else:
             of_row = (row_scale * soft, row_scale * hard, row_scale * square, row_scale * part)

@@ -98,17 +98,6 @@ def _among(
 
 
 @triton.jit
-def _exp(x):
-    # e^x for x <= 0, by 2^n e^r with x = n log 2 + r: the rounding of x log2(e) alone would be |x| ulps, and what is
-    # left of 1 shows it.
-    x = tl.where(x < -120.0, -120.0, x)
-    n = tl.floor(x * LOG2E + 0.5)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    e = tl.exp2(r * LOG2E) * tl.exp2(n)
-    return tl.where(x > -120.0, e, tl.where(x == -120.0, 0.0, x))
-
-
-@triton.jit
 def _add(
     maximum,  # (BLOCK_M, BLOCK_N)
     total,  # (BLOCK_M, BLOCK_N)
@@ -235,37 +224,35 @@ def topk_kl_div_kernel(
     else:
         if TAIL == BUCKET:
             origin = tl.maximum(max_i, max_r)
-            fall_r = tl.exp2((max_r - origin) * factor)
-            rest_r = total_r * fall_r
-            total_i = tl.sum(tl.exp2((s_i - origin) * factor), 1)[:, None]
-            total = total_i + rest_r
+            # What I and the others sum to on either side is few numbers, whose rounding would show: they are float64.
+            rest_r = tl.sum((lane_total * fall).to(tl.float64), 1)[:, None]
+            rest_r *= tl.exp((max_r - origin).to(tl.float64) * inverse.to(tl.float64))
+            total_i = tl.sum(tl.exp2((s_i - origin) * factor).to(tl.float64), 1)[:, None]
+            log_total = tl.log(total_i + rest_r)
+            total = (total_i + rest_r).to(tl.float32)
         else:
             origin = max_r
             total = total_r
-        p = _exp(log_p)
+            log_total = tl.log(total)
+        exact_p = tl.exp(log_p.to(tl.float64))
+        p = exact_p.to(tl.float32)
         q = tl.exp2((s_i - origin) * factor) * (1.0 / total)
         # From the maxima, where what is close to each other is close to 0.
-        delta = quotient + (max_p - ((max_i - origin) * inverse - tl.log(total)))
+        offset = log_total - ((max_i - origin) * inverse - max_p)
+        delta = quotient + offset.to(tl.float32)
         mass = tl.sum(p, 1)[:, None]
         if TAIL == BUCKET:
-            p_r = tl.maximum(1.0 - mass, 0.0)
-            q_r = rest_r * (1.0 / total)
-            # Logarithms of what may be close to 1, from what it lacks; and of what may be too small for a float.
-            log_q_r = tl.where(
-                rest_r > 0.5 * total,
-                log_of_ratio(rest_r, total, total_i),
-                (max_r - origin) * inverse + (tl.log(total_r) - tl.log(total)),
-            )
-            delta_r = log_of_ratio(p_r, 1.0, mass) - log_q_r
+            q_r = (rest_r / (total_i + rest_r)).to(tl.float32)
+            left_over = 1.0 - tl.sum(exact_p, 1)[:, None]
+            left_over = tl.where(left_over < 0.0, 0.0, left_over)
+            p_r = left_over.to(tl.float32)
+            # A sum too small for any float has a logarithm all the same.
+            log_q_r = ((max_r - origin) * inverse + tl.log(total_r)).to(tl.float64) - log_total
+            log_q_r = tl.where(rest_r > 1e-30, tl.log(rest_r) - log_total, log_q_r)
+            delta_r = (tl.log(left_over) - log_q_r).to(tl.float32)
             excess_r, difference_r = kl_term(p_r, q_r, delta_r)
-            # Both sides sum to 1 where something is left, which near convergence says what rounding has added to all
-            # of I's delta.
+            # Both sides sum to 1 only where something is left.
             left = p_r > 0.0
-            difference = kl_term(p, q, delta)[1]
-            apart = tl.sum(tl.abs(difference), 1)[:, None] + tl.abs(difference_r)
-            mass_q = tl.sum(q, 1)[:, None]
-            excess_of_q = tl.sum(difference, 1)[:, None] + difference_r
-            delta += tl.where(left & (apart < 0.1 * mass_q), excess_of_q / mass_q, 0.0)
             excess, difference = kl_term(p, q, delta)
             plain = tl.sum(tl.where(p == 0.0, 0.0, p * delta), 1)[:, None]
             loss = tl.where(left, tl.sum(excess, 1)[:, None] + excess_r, plain)
