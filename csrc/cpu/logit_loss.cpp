@@ -7,6 +7,8 @@
 //            standardize, the gradient without that and its moments
 //   sweep 3  then what is to be added to it
 //
+// The plain KL without standardize takes the one sweep of kl_row.h where it can.
+//
 // With many rows the exponentials stay where sweep 1 left them, in rows of each thread; with few,
 // when such rows would be much beside the gradient, they are made again block by block.
 //
@@ -24,8 +26,8 @@
 
 #include "../divergence.h"
 #include "../kdkernels.h"
+#include "kl_row.h"
 #include "parallel.h"
-#include "softmax.h"
 
 namespace kdkernels::cpu {
 namespace {
@@ -439,6 +441,22 @@ constexpr int kMostSquarings = 4;
 KDK_LOOPS(float)
 KDK_LOOPS(double)
 
+// The sweep of kl_row.h, and what it left in the stash as a gradient.
+#define KDK_FAST(T)                                                                        \
+  KDK_CLONES bool fast_kl(const T* input, const T* target, int64_t classes, FastRow& fast, \
+                          FastSums& sums, Stash& stash) {                                  \
+    return fast_sweeps<true>(input, target, classes, fast, sums, stash);                   \
+  }
+KDK_FAST(float)
+KDK_FAST(Float16)
+KDK_FAST(BFloat16)
+
+KDK_CLONES void from_stash(const float* w, const float* e, int64_t n, float of_w, float of_e,
+                           float* g) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = of_w * w[j] - of_e * e[j];
+}
+
 // Halves to floats, and back.
 KDK_CLONES void widen_halves(const Float16* x, int64_t n, float* y) { widen_block(x, n, y); }
 KDK_CLONES void widen_halves(const BFloat16* x, int64_t n, float* y) { widen_block(x, n, y); }
@@ -555,13 +573,15 @@ template <typename S>
 struct Scratch {
   bool keep;
   std::vector<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
+  Stash stash;
 
-  Scratch(const LogitLossParams& params, bool later_sweep) {
+  Scratch(const LogitLossParams& params, bool later_sweep, bool kl) {
     keep = params.rows >= 64;
     if (keep) {
       const int64_t blocks = params.classes / kBlock + 1;
       for (auto* row : {&s_exp, &t_exp, &raw_exp}) row->resize(params.classes);
       for (auto* row : {&s_max, &t_max}) row->resize(blocks);
+      if (kl) stash.e.resize(params.classes), stash.shift.resize(blocks);
     }
     if (later_sweep && params.dtype != DType::kFloat32 && params.dtype != DType::kFloat64) {
       gradient.resize(params.classes);
@@ -591,6 +611,30 @@ struct LogitLossRow {
       const S* s = input.block(begin, n, s_buffer);
       body(s, kSoft ? target.block(begin, n, t_buffer) : s, n, begin);
     }
+  }
+
+  // Of the input alone.
+  template <typename Body>
+  void input_blocks(const Body& body) const {
+    S buffer[kBlock];
+    for (int64_t begin = 0; begin < params.classes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, params.classes - begin);
+      body(input.block(begin, n, buffer), n, begin);
+    }
+  }
+
+  bool fast_kl_of(FastRow& fast, FastSums& sums, char* gradient) {
+    const auto sweep = [&](auto element) {
+      using T = decltype(element);
+      constexpr bool kFloats = std::is_same<T, float>::value;
+      scratch.stash.w = kFloats ? reinterpret_cast<float*>(gradient)
+                                : reinterpret_cast<float*>(scratch.gradient.data());
+      return fast_kl(static_cast<const T*>(input.data), static_cast<const T*>(target.data),
+                     params.classes, fast, sums, scratch.stash);
+    };
+    return params.dtype == DType::kFloat32   ? sweep(float{})
+           : params.dtype == DType::kFloat16 ? sweep(Float16{})
+                                             : sweep(BFloat16{});
   }
 
   void run(int64_t r, int64_t label) {
@@ -636,7 +680,7 @@ struct LogitLossRow {
       }
       return -1;
     };
-    const int raw_squarings = squarings_to(q, raw_factor);
+    int raw_squarings = squarings_to(q, raw_factor);
     const int q_squarings = squarings_to(q, unit_factor);
     const int p_squarings = squarings_to(p, p_unit.factor);
     double live = 0, live_sum = 0;
@@ -650,39 +694,58 @@ struct LogitLossRow {
                                : power_sum(exps, n, squarings);
     };
     S s_buffer[kBlock], t_buffer[kBlock], buffer[kBlock] = {};
-    blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
-      S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
-      S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
-      S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
-      const S s_max = maximum(s, n);
-      if (kSoft) {
-        const S t_max = maximum(t, n);
-        if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
-        if (kStatistics && t_max > p.max) t_top = begin + (std::find(t, t + n, t_max) - t);
-        q.rise(s_max);
-        p.rise(t_max);
-        const double of_q = exponentials(s, n, q.max, pair.s_factor, S(0), s_exp);
-        const double of_p = exponentials(t, n, p.max, pair.t_factor, pair.t_extra, t_exp);
-        // Where all so far is -inf there is nothing to add.
-        if (q.max != -static_cast<S>(INFINITY)) q.sum += of_q;
-        if (p.max != -static_cast<S>(INFINITY)) p.sum += of_p;
-        if (scratch.keep) {
-          scratch.s_max[begin / kBlock] = q.max;
-          scratch.t_max[begin / kBlock] = p.max;
-        }
-        if (kNormalized) {
-          add(q_unit, s, s_exp, q_squarings, n, s_max, buffer);
-          add(p_unit, t, t_exp, p_squarings, n, t_max, buffer);
-        }
-      } else if (scratch.keep) {
-        scratch.s_max[begin / kBlock] = std::max(raw_sum.max, s_max);
+    FastRow fast{};
+    FastSums fast_sums{};
+    bool is_fast = false;
+    if constexpr (kD == Divergence::kKl && sizeof(S) == sizeof(float)) {
+      if (scratch.keep && !spread && gradient != nullptr && temperature_out == nullptr) {
+        fast = {pair.s_factor, static_cast<float>(kLog2E / target_temperature), 0, 0};
+        is_fast = fast_kl_of(fast, fast_sums, gradient);
+        if (is_fast) raw_squarings = -1;
       }
-      if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
+    }
+    const auto raw_sweep = [&](const S* s, int64_t n, int64_t begin) {
+      raw_sum.rise(fast_sums.input_max);
+      add(raw_sum, s, nullptr, -1, n, raw_sum.max, scratch.raw_exp.data() + begin);
       if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
-    });
+    };
+    if (is_fast) {
+      if (raw) input_blocks(raw_sweep);
+    } else {
+      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+        S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
+        S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
+        S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
+        const S s_max = maximum(s, n);
+        if (kSoft) {
+          const S t_max = maximum(t, n);
+          if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
+          if (kStatistics && t_max > p.max) t_top = begin + (std::find(t, t + n, t_max) - t);
+          q.rise(s_max);
+          p.rise(t_max);
+          const double of_q = exponentials(s, n, q.max, pair.s_factor, S(0), s_exp);
+          const double of_p = exponentials(t, n, p.max, pair.t_factor, pair.t_extra, t_exp);
+          // Where all so far is -inf there is nothing to add.
+          if (q.max != -static_cast<S>(INFINITY)) q.sum += of_q;
+          if (p.max != -static_cast<S>(INFINITY)) p.sum += of_p;
+          if (scratch.keep) {
+            scratch.s_max[begin / kBlock] = q.max;
+            scratch.t_max[begin / kBlock] = p.max;
+          }
+          if (kNormalized) {
+            add(q_unit, s, s_exp, q_squarings, n, s_max, buffer);
+            add(p_unit, t, t_exp, p_squarings, n, t_max, buffer);
+          }
+        } else if (scratch.keep) {
+          scratch.s_max[begin / kBlock] = std::max(raw_sum.max, s_max);
+        }
+        if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
+        if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
+      });
+    }
     const double s_label = label < 0 ? 0 : double(Source<S>{input.data, input.dtype, -1}.at(label));
     if (kLabel && smooth && s_label > -INFINITY) live_sum += s_label, live += 1;
-    if (kSoft) pair.set(q.max, q.sum, p.max, p.sum);
+    if (kSoft && !is_fast) pair.set(q.max, q.sum, p.max, p.sum);
 
     // The label's class against all others.
     double first_part = 0;  // of the loss, before `soft_scale`
@@ -791,7 +854,7 @@ struct LogitLossRow {
         if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * q.factor));
       } else if (is_raw && scratch.keep) {
         exps = scratch.raw_exp.data() + begin;
-        const S then = scratch.s_max[begin / kBlock];
+        const S then = is_fast ? max : scratch.s_max[begin / kBlock];
         if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * factor));
       } else {
         exponentials(block.s, block.n, max, static_cast<S>(factor), S(0), buffer);
@@ -843,7 +906,23 @@ struct LogitLossRow {
       store_block(g, n, begin, params.dtype, gradient);
     };
     double sums[3] = {};  // both entropies, in bits, and the overlap
-    if constexpr (kSoft) {
+    if (is_fast) {
+      if constexpr (sizeof(S) == sizeof(float)) {
+        found.loss = fast_sums.loss();
+        const double of_w = soft_factor / (fast_sums.S * fast_sums.exp_y());
+        const double of_e = of_w * (fast_sums.B / fast_sums.S);
+        input_blocks([&](const S* s, int64_t n, int64_t begin) {
+          const float then = scratch.stash.shift[begin / kBlock];
+          const double rescale = then == fast.target_shift
+                                     ? 1.0
+                                     : std::exp2(static_cast<double>(then) - fast.target_shift);
+          S* g = floats ? reinterpret_cast<S*>(gradient) + begin : work;
+          from_stash(scratch.stash.w + begin, scratch.stash.e.data() + begin, n,
+                     static_cast<float>(of_w * rescale), static_cast<float>(of_e * rescale), g);
+          finish(g, Block<S>{s, nullptr, nullptr, nullptr, 0, 0, n}, begin);
+        });
+      }
+    } else if constexpr (kSoft) {
       const Visit<S> visit = visit_of<kD, S>(wants_moment);
       const S factor = static_cast<S>(kSlope ? 1 : soft_factor);
       blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
@@ -939,7 +1018,9 @@ template <Divergence kD, typename S>
 int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_row) {
   const int64_t size = size_of(params.dtype);
   const bool needs_label = of_labels(kD) || params.hard_weight != 0;
-  Scratch<S> scratch(params, has_slope(kD) || params.standardize || kD == Divergence::kNone);
+  constexpr bool kKl = kD == Divergence::kKl;
+  Scratch<S> scratch(params, has_slope(kD) || kKl || params.standardize || kD == Divergence::kNone,
+                     kKl);
   for (int64_t r = begin_row; r < end_row; ++r) {
     if (params.mask != nullptr && params.mask[r] == 0) {
       if (params.loss != nullptr) static_cast<S*>(params.loss)[r] = 0;
