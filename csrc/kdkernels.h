@@ -71,8 +71,8 @@ enum class Divergence : int32_t {
 //   grad_input             = dloss / dinput
 //   grad_input_temperature = dloss / dT_Q, with soft_scale constant
 //
-// kStatistics: terms = entropy of P, entropy of Q, sum_j min(P_j, Q_j), and 1 where the first
-// maxima of target and input are the same class, else 0.
+// kStatistics: terms = row_scale times the entropy of P, that of Q, sum_j min(P_j, Q_j), and 1
+// where the first maxima of target and input are the same class, else 0.
 //
 // With `standardize`, the soft term (only) takes z' = (z - mean) / (1e-7 + std) instead of z, on
 // both sides, with std over classes - 1; a row without spread gives z' = 0 and no gradient. Logits
@@ -196,6 +196,7 @@ struct ScaleRowsParams {
 namespace cpu {
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
+int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
 void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);

@@ -431,6 +431,15 @@ def unobserved(tensor: Tensor) -> bool:
     )
 
 
+def holds_label(labels: Tensor, label: int) -> bool | None:
+    """Whether a row has that label; None where it would take a wait, or more than the answer is worth, to find out."""
+    if _C is None or labels.device.type != "cpu" or labels.dtype != torch.int64 or not unobserved(labels):
+        return None
+    if not labels.is_contiguous():
+        return None
+    return bool(_C.cpu_count_labels(labels.data_ptr(), labels.numel(), label))
+
+
 def launcher(backend: str, name: str) -> Callable[..., None]:
     """The function of `backend` that runs the kernel `name`."""
     return _LAUNCHERS[backend, name]

@@ -196,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
+  m.def("cpu_count_labels", [](uintptr_t labels, int64_t rows, int64_t label) {
+    return cpu::count_labels(address<const int64_t>(labels), rows, label);
+  });
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);

@@ -303,6 +303,30 @@ def test_every_number_of_classes(backend, classes, name):
     check(name, backend, arguments, vacuous=classes == 1, wanted=("student",))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_many_rows(name, dtype):
+    """The CPU kernel keeps what it found of a row where there are many; peaks in its first and its last block."""
+    _ready_cpu()
+    case = CASES[name]
+    for standardize, temperature in ((False, 4.0), (False, 3.0), (True, 2.0)):
+        arguments = batch(case, "plain", (66, 600), dtype=dtype, temperature=temperature)
+        arguments["standardize"] = standardize
+        for row, (of_student, of_teacher, height) in enumerate(
+            [(3, 590, 12), (590, 3, 12), (3, 3, 40), (590, 590, 40), (300, 590, 200), (590, 300, 200)]
+        ):
+            arguments["student"][row, of_student] += height
+            arguments["teacher"][row, of_teacher] += height
+        arguments["student"][7, :5] = -torch.inf
+        arguments["teacher"][7, :5] = -torch.inf
+        check(name, "cpu", arguments, vacuous=True, wanted=("student",))
+
+
+def _ready_cpu() -> None:
+    if kdkernels.available_backends("cpu")["cpu"] != "available":
+        pytest.skip(kdkernels.available_backends("cpu")["cpu"])
+
+
 @pytest.mark.parametrize("name", ["dkd", "nkd", "whole-kl"])
 def test_labels_anywhere_in_a_long_row(backend, name):
     """At both ends of what a vector, a warp, a block or a tile may hold."""

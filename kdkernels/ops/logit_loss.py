@@ -391,7 +391,8 @@ def logit_loss(
         labels, counts = check_labels(
             labels, ignore_index, student, mask, start, classes, look=backend != "cpu"
         )
-        mask = counts if mask is None else mask & counts
+        if counts is not None:
+            mask = counts if mask is None else mask & counts
     elif spec.divergence in OF_LABELS:
         assert teacher is not None
         labels = teacher.detach().narrow(-1, teacher_start, classes).argmax(-1)

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from kdkernels.backend import holds_label
+
 Temperature = float | Tensor
 # The classes that there are: all, the first n, or (start, stop).
 Range = int | tuple[int, int] | None
@@ -110,8 +112,8 @@ def check_labels(
     classes: int,
     *,
     look: bool,
-) -> tuple[Tensor, Tensor]:
-    """The labels counted from `start`, and which rows they leave in. Values are looked at on the CPU only (a GPU
+) -> tuple[Tensor, Tensor | None]:
+    """The labels counted from `start`, and which rows they leave in (None: all). Values are looked at on the CPU only (a GPU
     would have to wait, and gives NaN), where `look` says so."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer tensor, got {kind_of(labels)}")
@@ -121,11 +123,11 @@ def check_labels(
         )
     if labels.device != student.device:
         raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
-    counts = labels != ignore_index
+    counts = None if holds_label(labels, ignore_index) is False else labels != ignore_index
     if look and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = counts & ((labels < start) | (labels >= start + classes))
-        if mask is not None:
-            wrong = wrong & mask
+        wrong = (labels < start) | (labels >= start + classes)
+        for counted in (counts, mask):
+            wrong = wrong if counted is None else wrong & counted
         if wrong.any():
             raise ValueError(
                 f"labels must be {ignore_index} (ignore_index) or in [{start}, {start + classes}), "
