@@ -157,7 +157,9 @@ class _KLDiv(torch.autograd.Function):
         )
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
-        rows, *gradients = run_kl_div(True, input, target, *arguments, NOTHING if compiling else needs[:4], backend)
+        rows, *gradients = run_kl_div(
+            True, input, target, *arguments, NOTHING if compiling else needs[:4], backend
+        )
         ctx.gradients = None if compiling else gradients
         ctx.arguments = (*arguments[2:4], arguments[5], reduction, backend)
         ctx.save_for_backward(

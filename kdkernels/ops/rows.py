@@ -113,8 +113,8 @@ def check_labels(
     *,
     look: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The labels counted from `start`, and which rows they leave in (None: all). Values are looked at on the CPU only (a GPU
-    would have to wait, and gives NaN), where `look` says so."""
+    """The labels counted from `start`, and which rows they leave in (None: all). Values are looked at on the CPU
+    only (a GPU would have to wait, and gives NaN), where `look` says so."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer tensor, got {kind_of(labels)}")
     if labels.shape != student.shape[:-1]:
@@ -234,9 +234,7 @@ def scale_of_rows(
     return (each.expand(rows).contiguous() if weights is None else weights * each), 1.0
 
 
-def reduce_rows(
-    rows: Tensor, mask: Tensor | None, weights: Tensor | None, reduction: str
-) -> Tensor:
+def reduce_rows(rows: Tensor, mask: Tensor | None, weights: Tensor | None, reduction: str) -> Tensor:
     """What a reference makes of its rows' losses."""
     if mask is not None:
         rows = torch.where(mask, rows, 0)
