@@ -698,6 +698,30 @@ def test_without_labels(backend):
         )
 
 
+def test_kl_div_takes_the_familys_options(backend):
+    """standardize and valid_classes, which lead it to the family's kernel."""
+    student, teacher = logits("plain", (5, 40), torch.float32)
+    wider = torch.cat((teacher, torch.full((5, 3), torch.nan)), 1)
+    for reverse, soft in ((False, "kl"), (True, "reverse_kl")):
+        alone = {
+            "soft": soft,
+            "soft_weight": 1 / 9,
+            "hard_weight": 0.0,
+            "temperature": 3.0,
+            "backend": backend,
+        }
+        options = {"reverse": reverse, "temperature": 3.0, "backend": backend}
+        moved = [x.to(device_of(backend)) for x in (student, teacher, wider)]
+        expected = distillation_loss(moved[0], moved[1], standardize=True, **alone)
+        torch.testing.assert_close(kl_div(moved[0], moved[1], standardize=True, **options), expected)
+        torch.testing.assert_close(
+            kl_div(moved[0], moved[2], valid_classes=40, **options), kl_div(moved[0], moved[1], **options)
+        )
+        module = kdkernels.KLDivLoss(standardize=True, reverse=reverse, temperature=3.0, backend=backend)
+        torch.testing.assert_close(module(moved[0], moved[1]), expected)
+        assert module.temperature == 3.0 and module.reduction == "batchmean"
+
+
 def test_standardize_forgets_scale_and_shift(backend):
     """LSKD: a z + b with a > 0 on either side changes nothing."""
     device = device_of(backend)
@@ -1436,18 +1460,18 @@ X, Y = torch.zeros(4, 5), torch.arange(4)
         (nkd, {"labels": Y > 1}, TypeError, "labels must be an integer tensor, got a torch.bool tensor"),
         (dkd, {"labels": Y[:3]}, ValueError, r"labels must have the shape of the rows \(4,\), got \(3,\)"),
         (dkd, {"labels": Y.to("meta")}, ValueError, "labels must be on the student's device"),
-        (jsd, {"valid_classes": 6}, ValueError, "valid_classes must be a range within the 5 classes, got 6"),
-        (jsd, {"valid_classes": 0}, ValueError, "valid_classes must be a range"),
-        (jsd, {"valid_classes": (3, 2)}, ValueError, r"valid_classes must be a range.*got \(3, 2\)"),
-        (jsd, {"valid_classes": (-1, 2)}, ValueError, "valid_classes must be a range"),
-        (jsd, {"valid_classes": 2.0}, TypeError, "valid_classes must be a number of classes or"),
-        (jsd, {"valid_classes": (1, 2, 3)}, TypeError, "valid_classes must be a number of classes or"),
-        (jsd, {"teacher_valid_classes": (1, 9)}, ValueError, "teacher_valid_classes must be a range"),
+        (jsd, {"valid_classes": 6}, ValueError, "valid_classes must be inside the student's 5 classes"),
+        (jsd, {"valid_classes": 0}, ValueError, "valid_classes must be inside the student's 5 classes"),
+        (jsd, {"valid_classes": (3, 2)}, ValueError, r"valid_classes must be inside.*got \(3, 2\)"),
+        (jsd, {"valid_classes": (-1, 2)}, ValueError, "valid_classes must be inside the student's 5 classes"),
+        (jsd, {"valid_classes": 2.0}, TypeError, "valid_classes must be None, a number of classes or"),
+        (jsd, {"valid_classes": (1, 2, 3)}, TypeError, "valid_classes must be None, a number of classes or"),
+        (jsd, {"teacher_valid_classes": (1, 9)}, ValueError, "must be inside the teacher's 5 classes"),
         (jsd, {"valid_classes": 4, "teacher_valid_classes": 3}, ValueError, "must be equally long"),
         (jsd, {"teacher": torch.zeros(4, 3), "valid_classes": 4}, ValueError, "must lie in the teacher's 3 classes"),
         (jsd, {"teacher": torch.zeros(3, 5), "valid_classes": 4}, ValueError, "teacher must have the student's"),
         (jsd, {"teacher": None, "valid_classes": 4}, TypeError, "teacher must be a tensor"),
-        (kd_statistics, {"valid_classes": 6}, ValueError, "valid_classes must be a range"),
+        (kd_statistics, {"valid_classes": 6}, ValueError, "valid_classes must be inside the student's 5 classes"),
     ],
     ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", None),
 )  # fmt: skip

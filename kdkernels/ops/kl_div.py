@@ -28,10 +28,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.ops.divergences import KL, REVERSE_KL, Spec
+from kdkernels.ops.logit_loss import LogitLoss, logit_loss
 from kdkernels.ops.rows import (
+    Range,
     Temperature,
     as_matrix,
     as_vector,
@@ -236,9 +239,12 @@ def kl_div(
     temperature: Temperature = 1.0,
     teacher_temperature: Temperature | None = None,
     reverse: bool = False,
+    standardize: bool = False,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: str = "batchmean",
+    valid_classes: Range = None,
+    teacher_valid_classes: Range = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""KL(teacher‖student) of temperature softmaxes, row by row; no T² factor.
@@ -255,11 +261,16 @@ def kl_div(
             wait); there a value ≤ 0 gives what the formula gives.
         teacher_temperature: T_t, when it differs.
         reverse: KL(student‖teacher) instead, KL(q‖p).
+        standardize: take (z − mean) / (1e-7 + std) of each row (std over N − 1) instead of the logits z, on both
+            sides (LSKD, arXiv 2403.01427); a constant row gives zeros.
         mask: bool, broadcasts to the rows: True where a row counts. A row that does not count is not read,
             so it may hold anything; its loss and gradients are 0.
         weights: floating, broadcasts to the rows: multiplies each row's loss; differentiable.
         reduction: "none" (the rows), "sum", or "batchmean": the sum divided by how many rows count (those
             that the mask leaves, whatever their weights). With no row that counts the loss is 0.
+        valid_classes: the student's classes that there are: the first n, or (start, stop). The others (padding of
+            a vocabulary) carry no mass and get no gradient. The teacher's too, unless
+            ``teacher_valid_classes`` is given; the two must be equally long.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available for the
             student's device and dtype (`available_backends`). A named one is obeyed or raises.
 
@@ -275,6 +286,22 @@ def kl_div(
 
     >>> loss = 4.0**2 * kdkernels.kl_div(student_logits, teacher_logits, temperature=4.0)
     """
+    if standardize or valid_classes is not None or teacher_valid_classes is not None:
+        loss, _ = logit_loss(
+            student,
+            teacher,
+            None,
+            Spec(REVERSE_KL if reverse else KL, standardize=standardize),
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            mask=mask,
+            weights=weights,
+            reduction=reduction,
+            valid_classes=valid_classes,
+            teacher_valid_classes=teacher_valid_classes,
+            backend=backend,
+        )
+        return loss
     # In one expression, before anything else is called: at 128×100 a tenth of the call was spent on checks.
     if not (
         isinstance(student, Tensor)
@@ -339,44 +366,11 @@ def kl_div(
     return loss.view(rows) if reduction == "none" else loss
 
 
-class KLDivLoss(nn.Module):
+class KLDivLoss(LogitLoss):
     """`kl_div` as a module: ``KLDivLoss(temperature=4.0)(student, teacher)``.
 
     The options are those of `kl_div`; ``mask`` and ``weights`` are given with each call. A temperature that is
     an ``nn.Parameter`` is a parameter of the module.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: Temperature = 1.0,
-        teacher_temperature: Temperature | None = None,
-        reverse: bool = False,
-        reduction: str = "batchmean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
-        self.reverse = reverse
-        self.reduction = reduction
-        self.backend = backend
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        return kl_div(
-            student,
-            teacher,
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            reverse=self.reverse,
-            mask=mask,
-            weights=weights,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reverse={self.reverse}, reduction={self.reduction!r}"
+    function = staticmethod(kl_div)

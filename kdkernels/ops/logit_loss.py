@@ -471,23 +471,23 @@ class LogitLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(type(self).function).parameters
-        known = [
-            name
-            for name, p in parameters.items()
-            if p.kind is p.KEYWORD_ONLY and name not in ("mask", "weights")
-        ]
-        for name, value in options.items():
+        parameters = inspect.signature(type(self).function).parameters.values()
+        known = {
+            p.name: p.default
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name not in ("mask", "weights")
+        }
+        for name in options:
             if name not in known:
                 raise TypeError(f"{type(self).__name__} takes {', '.join(known)}; got {name!r}")
-            if name == "reduction":
-                check_reduction(value)
-            setattr(self, name, value)
-        self._names = tuple(options)
+        check_reduction(options.get("reduction", "batchmean"))
+        for name, default in known.items():
+            setattr(self, name, options.get(name, default))
+        self._names, self._given = tuple(known), tuple(options)
 
     def forward(self, *inputs: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Any:
         options = {name: getattr(self, name) for name in self._names}
         return type(self).function(*inputs, mask=mask, weights=weights, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._given)

@@ -73,7 +73,7 @@ def check_logits(
     teacher_start, teacher_stop = start, stop
     if teacher_valid_classes is not None:
         teacher_start, teacher_stop = check_range(
-            teacher_valid_classes, "teacher_valid_classes", teacher.shape[-1]
+            teacher_valid_classes, "teacher_valid_classes", teacher.shape[-1], "teacher"
         )
     elif stop > teacher.shape[-1]:
         raise ValueError(
@@ -88,18 +88,21 @@ def check_logits(
     return start, teacher_start, stop - start
 
 
-def check_range(value: Range, name: str, classes: int) -> tuple[int, int]:
-    """(start, stop) in a row of `classes`."""
+def check_range(value: Any, name: str, classes: int, side: str = "student") -> tuple[int, int]:
+    """(start, stop) in a row of `classes`, which are the `side`'s."""
     if value is None:
         return 0, classes
-    bounds = (0, value) if isinstance(value, int) else value
-    if not (
-        isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, int) for x in bounds)
-    ):
-        raise TypeError(f"{name} must be a number of classes or (start, stop), got {value!r}")
+    wrong = f"{name} must be None, a number of classes or (start, stop), got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int | tuple | list):
+        raise TypeError(wrong)
+    bounds = (0, value) if isinstance(value, int) else tuple(value)
+    if len(bounds) != 2 or not all(isinstance(x, int) for x in bounds):
+        raise TypeError(wrong)
     start, stop = bounds
     if not 0 <= start < stop <= classes:
-        raise ValueError(f"{name} must be a range within the {classes} classes, got {value!r}")
+        raise ValueError(
+            f"{name} must be inside the {side}'s {classes} classes, with at least one of them, got {value!r}"
+        )
     return start, stop
 
 

@@ -38,10 +38,12 @@ from torch import Tensor, nn
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.rows import (
+    Range,
     Temperature,
     as_matrix,
     as_vector,
     check_mask,
+    check_range,
     check_reduction,
     check_student,
     check_temperature,
@@ -52,7 +54,6 @@ from kdkernels.ops.rows import (
 )
 from kdkernels.ops.scale_rows import scale_rows_
 
-ValidClasses = int | tuple[int, int] | None
 TAILS = ("bucket", "renormalize", "drop")  # in the order of csrc/kdkernels.h's Tail
 
 
@@ -66,13 +67,13 @@ def topk_kl_div_reference(
     mask: Tensor | None = None,  # rows
     weights: Tensor | None = None,  # rows
     reduction: str = "batchmean",
-    valid_classes: ValidClasses = None,
+    valid_classes: Range = None,
 ) -> Tensor:
     """The specification of `topk_kl_div`: plain PyTorch, on any device, with any derivative.
 
     Same arguments and result as `topk_kl_div`, which checks them; here they are taken as they come.
     """
-    start, stop = _range_of(valid_classes, student.shape[-1])
+    start, stop = check_range(valid_classes, "valid_classes", student.shape[-1])
     dtype, k = statistics_dtype(student.dtype), teacher_indices.shape[-1]
     logits, log_p = student[..., start:stop].to(dtype), teacher_log_probs.to(dtype)
     indices = teacher_indices.long() - start
@@ -108,12 +109,6 @@ def topk_kl_div_reference(
     if p_rest is not None:
         difference = torch.where(p_rest[..., 0] > 0, difference, 0)
     return reduce_rows((p * delta).sum(-1) + difference, mask, weights, reduction)
-
-
-def _range_of(valid_classes: ValidClasses, classes: int) -> tuple[int, int]:
-    if valid_classes is None:
-        return 0, classes
-    return (0, valid_classes) if isinstance(valid_classes, int) else valid_classes
 
 
 _INPUTS = (
@@ -284,7 +279,7 @@ def topk_kl_div(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: str = "batchmean",
-    valid_classes: ValidClasses = None,
+    valid_classes: Range = None,
     check_indices: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -334,7 +329,7 @@ def topk_kl_div(
     """
     check_student(student)
     rows, classes = student.shape[:-1], student.shape[-1]
-    start, stop = _check_classes(valid_classes, classes)
+    start, stop = check_range(valid_classes, "valid_classes", classes)
     _check_teacher(student, teacher_log_probs, teacher_indices, stop - start)
     check_reduction(reduction)
     if tail not in TAILS:
@@ -392,24 +387,6 @@ def topk_kl_div(
         if reduction != "none":
             loss = loss.sum()
     return loss.view(rows) if reduction == "none" else loss
-
-
-def _check_classes(valid_classes: Any, classes: int) -> tuple[int, int]:
-    wrong = f"valid_classes must be None, a number of classes or (start, stop), got {valid_classes!r}"
-    if valid_classes is None:
-        return 0, classes
-    if isinstance(valid_classes, bool) or not isinstance(valid_classes, int | tuple | list):
-        raise TypeError(wrong)
-    both = (0, valid_classes) if isinstance(valid_classes, int) else tuple(valid_classes)
-    if len(both) != 2 or not all(isinstance(x, int) for x in both):
-        raise TypeError(wrong)
-    start, stop = both
-    if not 0 <= start < stop <= classes:
-        raise ValueError(
-            f"valid_classes must be inside the student's {classes} classes, with at least one of them, "
-            f"got {valid_classes!r}"
-        )
-    return start, stop
 
 
 def _check_teacher(student: Tensor, log_probs: Any, indices: Any, classes: int) -> None:
@@ -481,7 +458,7 @@ class TopKKLDivLoss(nn.Module):
         temperature: Temperature = 1.0,
         tail: str = "bucket",
         reduction: str = "batchmean",
-        valid_classes: ValidClasses = None,
+        valid_classes: Range = None,
         check_indices: bool | None = None,
         backend: str | None = None,
     ) -> None:
