@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.backend import BACKENDS
+
 from kdkernels import available_backends
 
 Loss = Callable[..., Tensor]  # of a student's logits, and of whatever else its inputs are
@@ -70,7 +72,8 @@ def synchronize(device: str) -> None:
 
 
 def check(loss: Loss, truth: Loss, inputs: Sequence[Tensor], name: str) -> None:
-    """Raises AssertionError unless loss and gradient agree with float64."""
+    """Raises AssertionError unless loss and gradient agree with float64: closely, where they are ours; of what ours
+    is measured against it is asked only to be the same loss (benchmarks/parity.py has its errors)."""
 
     def run(function: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         student, *others = inputs
@@ -80,7 +83,7 @@ def check(loss: Loss, truth: Loss, inputs: Sequence[Tensor], name: str) -> None:
 
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     (value, gradient), (true_value, true_gradient) = run(loss, inputs), run(truth, exact)
-    tolerance = 20 * max(torch.finfo(inputs[0].dtype).eps, 1e-6)
+    tolerance = 20 * max(torch.finfo(inputs[0].dtype).eps, 1e-6) if name in BACKENDS else 0.5
     assert abs(value / true_value - 1) < tolerance, f"{name}: loss {value} instead of {true_value}"
     error = (gradient - true_gradient).norm() / true_gradient.norm()
     assert error < tolerance, f"{name}: gradient off by {error:.1e}"
