@@ -32,6 +32,19 @@ KDK_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// condition ? a : b, of bits. Where conditions follow from one another GCC makes a condition of
+// conditions out of `?:`, which it cannot vectorise with AVX-512's masks.
+KDK_INLINE float select(bool condition, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));
+#endif
+}
+
+KDK_INLINE double select(bool condition, double a, double b) { return condition ? a : b; }
+
 // Adding this to |x| < 2^21 leaves n + 127 in the low bits, n the integer nearest to x: the
 // exponent of 2^n.
 constexpr float kRound = 12583039.0f;  // 1.5 * 2^23 + 127
@@ -76,19 +89,6 @@ KDK_INLINE float exp2_unbiased(float x) {
 
 KDK_INLINE double exp2_unbiased(double x) { return std::exp2(x); }
 
-// condition ? a : b, of bits. Where conditions follow from one another GCC makes a condition of
-// conditions out of `?:`, which it cannot vectorise with AVX-512's masks.
-KDK_INLINE float select(bool condition, float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return condition ? a : b;
-#else
-  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
-  return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));
-#endif
-}
-
-KDK_INLINE double select(bool condition, double a, double b) { return condition ? a : b; }
-
 // 2^x for x <= 0, and 0 where that would underflow.
 KDK_INLINE float exp2_or_zero(float x) { return select(x < -126.0f, 0.0f, exp2_above(x)); }
 
@@ -125,7 +125,10 @@ KDK_INLINE float log_1_plus(float w) {
   h = h * f + 2.00007141e-1f;
   h = h * f - 2.49999940e-1f;
   h = h * f + 3.33333313e-1f;
-  const float lost = (w - (y - 1.0f)) / y;  // what the addition of 1 rounded away
+  // What the addition of 1 rounded away, over y: that shows only near 0, and there 1 / y is near
+  // enough to 1 - w + w^2.
+  const float near = select(std::fabs(w) < 0.5f, 1.0f - w + w * w, 0.0f);
+  const float lost = (w - (y - 1.0f)) * near;
   return static_cast<float>(k) * static_cast<float>(kLn2) + (f + (f * f * (f * h - 0.5f) + lost));
 #endif
 }
