@@ -698,6 +698,14 @@ def test_without_labels(backend):
         )
 
 
+def test_a_wrong_label_is_named_in_the_callers_numbering(backend):
+    if device_of(backend) != "cpu":
+        pytest.skip("looking would make a GPU wait")
+    student, teacher = logits("plain", (2, 30), torch.float32)
+    with pytest.raises(ValueError, match=r"\[10, 25\).*got 7"):
+        dkd(student, teacher, torch.tensor([12, 7]), valid_classes=(10, 25), backend=backend)
+
+
 def test_kl_div_takes_the_familys_options(backend):
     """standardize and valid_classes, which lead it to the family's kernel."""
     student, teacher = logits("plain", (5, 40), torch.float32)

@@ -387,9 +387,9 @@ def logit_loss(
         weights = check_weights(weights, student, dtype)
     start, teacher_start, classes = ranges
     if labels is not None:
-        # The native CPU kernel looks for itself.
+        # The native CPU kernel looks for itself, but knows no numbering other than from 0.
         labels, counts = check_labels(
-            labels, ignore_index, student, mask, start, classes, look=backend != "cpu"
+            labels, ignore_index, student, mask, start, classes, look=backend != "cpu" or start > 0
         )
         if counts is not None:
             mask = counts if mask is None else mask & counts
