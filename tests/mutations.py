@@ -125,7 +125,7 @@ MUTATIONS = [
     Mutation("family: T² without its weight", FAMILY, "soft_scale *= spec.soft_weight", "pass", family("cpu", "row_arguments")),
     Mutation("family: padding keeps what it had", FAMILY, "grad[:, start + classes :].zero_()", "pass", family("cpu", "valid_classes")),
     Mutation("family: ignore_index counts", FAMILY, "mask = counts if mask is None else mask & counts", "mask = counts if mask is None else mask", family("cpu", "ignored or textbook")),
-    Mutation("family: ignored rows in the denominator", FAMILY, "count = mask.expand(rows).sum().clamp(min=1)", "pass", family("reference", "textbook")),
+    Mutation("family: ignored rows in the denominator", ROWS, "mask.expand(rows.shape).sum().clamp(min=1)", "rows.numel()", family("reference", "textbook")),
     Mutation("family: buffer handed out twice", FAMILY, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", family("cpu", "twice")),
     Mutation("family: upstream gradient ignored", FAMILY, "upstream, of_weights = grad_output.contiguous(), None", "upstream, of_weights = torch.ones_like(grad_output), None", family("cpu", "twice or row_arg")),
     Mutation("family: gradient of weights missing its factor", FAMILY, "of_weights = rows * grad_output *", "of_weights = rows *", family("cpu", "row_arguments")),

@@ -21,7 +21,7 @@ from kdkernels.ops.rows import (
     check_logits,
     check_mask,
     check_reduction,
-    check_temperature,
+    check_temperatures,
     refuse_logits,
     scale_of_rows,
     split_temperatures,
@@ -80,11 +80,7 @@ def kd_statistics(
     check_reduction(reduction)
     backend = resolve(backend, student, "student")
     rows, dtype = student.shape[:-1], statistics_dtype(student.dtype)
-    temperature = check_temperature(temperature, "temperature", student, dtype)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    else:
-        teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
+    temperature, teacher_temperature = check_temperatures(temperature, teacher_temperature, student, dtype)
     if mask is not None:
         mask = check_mask(mask, student)
     spec = Spec(STATISTICS, standardize=standardize)

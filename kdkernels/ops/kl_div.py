@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
-from kdkernels.ops.divergences import KL, REVERSE_KL, Spec
+from kdkernels.ops.divergences import KL, REVERSE_KL, Spec, kl_rows
 from kdkernels.ops.logit_loss import LogitLoss, logit_loss
 from kdkernels.ops.rows import (
     Range,
@@ -40,7 +40,7 @@ from kdkernels.ops.rows import (
     as_vector,
     check_mask,
     check_reduction,
-    check_temperature,
+    check_temperatures,
     check_weights,
     reduce_rows,
     refuse_logits,
@@ -78,12 +78,7 @@ def kl_div_reference(
         )
         for x, t in ((q_logits, q_temperature), (p_logits, p_temperature))
     )
-    p, q = log_p.exp(), log_q.exp()
-    delta = torch.where(p == 0, 0, log_p - log_q)
-    near = delta.abs() < 1
-    difference = torch.where(near & (p > 0), p * torch.expm1(-torch.where(near, delta, 0)), q - p)
-    rows = (p * delta + difference).sum(-1)
-    return reduce_rows(rows, mask, weights, reduction)
+    return reduce_rows(kl_rows(log_p, log_q), mask, weights, reduction)
 
 
 _INPUTS = (
@@ -317,11 +312,7 @@ def kl_div(
     backend = resolve(backend, student, "student")
     rows = shape[:-1]
     dtype = statistics_dtype(student.dtype)
-    temperature = check_temperature(temperature, "temperature", student, dtype)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    else:
-        teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
+    temperature, teacher_temperature = check_temperatures(temperature, teacher_temperature, student, dtype)
     if mask is not None:
         mask = check_mask(mask, student)
     if weights is not None:

@@ -48,8 +48,9 @@ from kdkernels.ops.rows import (
     check_logits,
     check_mask,
     check_reduction,
-    check_temperature,
+    check_temperatures,
     check_weights,
+    reduce_rows,
     refuse_logits,
     scale_of_rows,
     split_temperatures,
@@ -76,7 +77,6 @@ def logit_loss_reference(
     being the part of "soft" with the factor `first`.
     """
     dtype = statistics_dtype(student.dtype)
-    rows = student.shape[:-1]
     wrong = None
     if mask is not None:  # a row that does not count is not looked at: whatever it holds cannot spread
         student = torch.where(mask[..., None], student, 0)
@@ -100,17 +100,8 @@ def logit_loss_reference(
     each = soft + hard + z
     if wrong is not None:
         each, terms = torch.where(wrong, torch.nan, each), torch.where(wrong, torch.nan, terms)
-    count: int | Tensor = max(each.numel(), 1)
-    if mask is not None:
-        each, terms = torch.where(mask, each, 0), torch.where(mask, terms, 0)
-        weights = None if weights is None else torch.where(mask, weights, 0)
-        count = mask.expand(rows).sum().clamp(min=1)
-    if weights is not None:
-        each, terms = each * weights, terms * weights
-    if reduction == "none":
-        return each, terms.detach()
-    divisor = count if reduction == "batchmean" else 1
-    return each.sum() / divisor, (terms.reshape(4, -1).sum(1) / divisor).detach()
+    loss, *parts = (reduce_rows(x, mask, weights, reduction) for x in (each, *terms))
+    return loss, torch.stack(parts).detach()
 
 
 _INPUTS = (
@@ -148,9 +139,8 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     loss, terms, grad_input, grad_target, grad_temperature, grad_target_temperature = outputs
     rows = input.shape[0]
     if rows:
-        if (
-            spec.squared and needs[2] and terms is None
-        ):  # T² has a derivative too, and it is made of the terms
+        # T² has a derivative too, and it is made of the terms.
+        if spec.squared and needs[2] and terms is None:
             terms = torch.empty(4, rows, dtype=statistics_dtype(input.dtype), device=input.device)
         soft_scale, soft_scale_value = None, spec.soft_weight
         if spec.squared:
@@ -374,11 +364,7 @@ def logit_loss(
     backend = resolve(backend, student, "student")
     shape = student.shape[:-1]
     dtype = statistics_dtype(student.dtype)
-    temperature = check_temperature(temperature, "temperature", student, dtype)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    else:
-        teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
+    temperature, teacher_temperature = check_temperatures(temperature, teacher_temperature, student, dtype)
     if spec.divergence == NONE:
         temperature = teacher_temperature = 1.0
     if mask is not None:

@@ -173,6 +173,16 @@ def check_temperature(value: Any, name: str, student: Tensor, dtype: torch.dtype
     return over_rows(value, name, student).to(dtype)
 
 
+def check_temperatures(
+    temperature: Any, teacher_temperature: Any, student: Tensor, dtype: torch.dtype
+) -> tuple[Temperature, Temperature]:
+    """The student's and the teacher's, which is the same unless it is given."""
+    temperature = check_temperature(temperature, "temperature", student, dtype)
+    if teacher_temperature is None:
+        return temperature, temperature
+    return temperature, check_temperature(teacher_temperature, "teacher_temperature", student, dtype)
+
+
 def check_temperature_tensor(value: Tensor, name: str) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a float or a floating tensor, got {kind_of(value)}")
