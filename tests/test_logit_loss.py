@@ -698,6 +698,18 @@ def test_without_labels(backend):
         )
 
 
+def test_a_label_smoothed_away_may_be_masked(backend):
+    """label_smoothing = 1: nothing of the label is left, so its −inf is not seen."""
+    student, teacher = (x.to(device_of(backend)) for x in logits("plain", (2, 30), torch.float32))
+    student[0, 3] = -torch.inf
+    labels = torch.tensor([3, 4], device=student.device)
+    options = {"soft_weight": 0.0, "hard_weight": 1.0, "label_smoothing": 1.0, "reduction": "none"}
+    loss = distillation_loss(student, teacher, labels, **options, backend=backend)
+    live = student > -torch.inf
+    mean = torch.where(live, student, 0).sum(-1) / live.sum(-1)
+    torch.testing.assert_close(loss, torch.logsumexp(student, -1) - mean)
+
+
 def test_a_wrong_label_is_named_in_the_callers_numbering(backend):
     if device_of(backend) != "cpu":
         pytest.skip("looking would make a GPU wait")

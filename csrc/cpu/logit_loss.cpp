@@ -801,7 +801,8 @@ struct LogitLossRow {
       if (kLabel && raw_sum.sum == 0) raw_log2 = s_label * kLog2E;
       lse = from + kLn2 * raw_log2;
       if (params.hard_weight != 0) {
-        hard = lse - (1 - params.label_smoothing) * s_label;
+        // All smoothed away, the label counts for nothing, -inf or not.
+        hard = lse - (params.label_smoothing == 1 ? 0 : (1 - params.label_smoothing) * s_label);
         if (smooth) hard -= params.label_smoothing * live_sum / live;
         hard *= params.hard_weight;
       }
