@@ -1,6 +1,7 @@
 r"""The whole loss of a distillation step: soft term, hard cross-entropy and z-loss, in one pass over the logits.
 
     hard_weight CE(student, labels) + soft_weight T² D(teacher / T, student / T) + z_loss lse(student)²
+        + logit_mse_weight mean_j (student_j − teacher_j)²
 
 CE, with label smoothing, and lse = log Σ e^z are of the raw logits. T² stands in the kernel: its gradient leaves in
 final form, and the backward pass has nothing to multiply.
@@ -30,6 +31,60 @@ from kdkernels.ops.skew_kl_div import skew_spec
 SOFT = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "nkd")
 
 
+def distillation_spec(
+    soft: str,
+    labels: Tensor | None,
+    *,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    z_loss: float = 0.0,
+    logit_mse_weight: float = 0.0,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float = 1.5,
+    normalize: bool = False,
+    standardize: bool = False,
+) -> Spec:
+    """The member of the family that the options of `distillation_loss` describe."""
+    if soft not in SOFT:
+        raise ValueError(f"soft must be one of {', '.join(SOFT)}, got {soft!r}")
+    check_fraction(label_smoothing, "label_smoothing")
+    rest: dict[str, Any] = {
+        "standardize": standardize,
+        "soft_weight": check_number(soft_weight, "soft_weight"),
+        "squared": True,
+        "hard_weight": check_number(hard_weight, "hard_weight"),
+        "label_smoothing": float(label_smoothing),
+        "z_loss": check_number(z_loss, "z_loss"),
+        "logit_mse": check_number(logit_mse_weight, "logit_mse_weight"),
+    }
+    if labels is None and hard_weight:
+        raise TypeError("labels must be given where hard_weight is not 0")
+    if soft_weight == 0:
+        return Spec(NONE, **rest)
+    if soft == "jsd":
+        return jsd_spec(0.5 if beta is None else beta, normalize, **rest)
+    if soft in ("skew_kl", "skew_reverse_kl"):
+        return skew_spec(0.1 if alpha is None else alpha, soft == "skew_reverse_kl", **rest)
+    if soft == "dkd":
+        first = check_number(1.0 if alpha is None else alpha, "alpha")
+        second = check_number(8.0 if beta is None else beta, "beta")
+        return Spec(DECOUPLED, first, second, **rest)
+    if soft == "nkd":
+        return Spec(NORMALIZED, rest["soft_weight"], check_number(gamma, "gamma"), **rest)
+    return Spec({"kl": KL, "reverse_kl": REVERSE_KL, "tvd": TOTAL_VARIATION}[soft], **rest)
+
+
+def named_terms(terms: Tensor, soft: str) -> dict[str, Tensor]:  # (5, ...)
+    """The parts of a loss by name."""
+    named = dict(zip(TERMS, terms))
+    target = named.pop("target")
+    if soft in ("dkd", "nkd"):
+        named.update(target=target, non_target=named["soft"] - target)
+    return named
+
+
 def distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -41,6 +96,7 @@ def distillation_loss(
     hard_weight: float = 0.1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_mse_weight: float = 0.0,
     ignore_index: int = -100,
     alpha: float | None = None,
     beta: float | None = None,
@@ -72,6 +128,7 @@ def distillation_loss(
         hard_weight: the cross-entropy's weight; it is taken of the raw logits.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``, over the classes that are not −inf.
         z_loss: weight of the squared log-sum-exp of the student's raw logits (PaLM, arXiv 2204.02311).
+        logit_mse_weight: weight of the mean over the classes of (student − teacher)², of the raw logits.
         ignore_index: a row with this label counts for nothing: neither hard nor soft, nor in the denominator.
         alpha: of "dkd" (1) and of the skewed KLs (0.1).
         beta: of "dkd" (8) and of "jsd" (0.5).
@@ -86,7 +143,7 @@ def distillation_loss(
         valid_classes: the student's classes that there are: the first n, or (start, stop). The others (padding of a
             vocabulary) carry no mass and get no gradient. The teacher's too, unless ``teacher_valid_classes`` is given;
             the two must be equally long.
-        return_terms: also give the parts: a dict with "soft", "hard", "z_loss" (they add up to the loss) and, of
+        return_terms: also give the parts: a dict with "soft", "hard", "z_loss", "logit_mse" (they add up to the loss) and, of
             "soft", "target" and "non_target" for "dkd" and "nkd". Detached, weighted and reduced like the loss; they
             come from the same pass.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available. A named one is obeyed
@@ -101,33 +158,20 @@ def distillation_loss(
 
     >>> loss = kdkernels.distillation_loss(student_logits, teacher_logits, labels, temperature=4.0)
     """
-    if soft not in SOFT:
-        raise ValueError(f"soft must be one of {', '.join(SOFT)}, got {soft!r}")
-    check_fraction(label_smoothing, "label_smoothing")
-    rest: dict[str, Any] = {
-        "standardize": standardize,
-        "soft_weight": check_number(soft_weight, "soft_weight"),
-        "squared": True,
-        "hard_weight": check_number(hard_weight, "hard_weight"),
-        "label_smoothing": float(label_smoothing),
-        "z_loss": check_number(z_loss, "z_loss"),
-    }
-    if labels is None and hard_weight:
-        raise TypeError("labels must be given where hard_weight is not 0")
-    if soft_weight == 0:
-        spec = Spec(NONE, **rest)
-    elif soft == "jsd":
-        spec = jsd_spec(0.5 if beta is None else beta, normalize, **rest)
-    elif soft in ("skew_kl", "skew_reverse_kl"):
-        spec = skew_spec(0.1 if alpha is None else alpha, soft == "skew_reverse_kl", **rest)
-    elif soft == "dkd":
-        first = check_number(1.0 if alpha is None else alpha, "alpha")
-        second = check_number(8.0 if beta is None else beta, "beta")
-        spec = Spec(DECOUPLED, first, second, **rest)
-    elif soft == "nkd":
-        spec = Spec(NORMALIZED, rest["soft_weight"], check_number(gamma, "gamma"), **rest)
-    else:
-        spec = Spec({"kl": KL, "reverse_kl": REVERSE_KL, "tvd": TOTAL_VARIATION}[soft], **rest)
+    spec = distillation_spec(
+        soft,
+        labels,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_mse_weight=logit_mse_weight,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        normalize=normalize,
+        standardize=standardize,
+    )
     loss, terms = logit_loss(
         student,
         teacher,
@@ -144,13 +188,7 @@ def distillation_loss(
         with_terms=return_terms,
         backend=backend,
     )
-    if terms is None:
-        return loss
-    named = dict(zip(TERMS, terms))
-    target = named.pop("target")
-    if soft in ("dkd", "nkd"):
-        named.update(target=target, non_target=named["soft"] - target)
-    return loss, named
+    return loss if terms is None else (loss, named_terms(terms, soft))
 
 
 distillation_loss_reference = partial(distillation_loss, backend="reference")

@@ -450,10 +450,11 @@ def logit_loss(
 
 
 class LogitLoss(nn.Module):
-    """A loss of the family as a module: the options of `function`, given once; ``mask`` and ``weights`` with each
-    call. An option that is an ``nn.Parameter`` (a learnable temperature) is a parameter of the module."""
+    """A loss of the family as a module: the options of `function`, given once; ``mask`` and ``weights`` (`per_call`)
+    with each call. An option that is an ``nn.Parameter`` (a learnable temperature) is a parameter of the module."""
 
     function: ClassVar[Callable[..., Any]]
+    per_call: ClassVar[tuple[str, ...]] = ("mask", "weights")
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -461,7 +462,7 @@ class LogitLoss(nn.Module):
         known = {
             p.name: p.default
             for p in parameters
-            if p.kind is p.KEYWORD_ONLY and p.name not in ("mask", "weights")
+            if p.kind is p.KEYWORD_ONLY and p.name not in self.per_call
         }
         for name in options:
             if name not in known:
@@ -471,9 +472,11 @@ class LogitLoss(nn.Module):
             setattr(self, name, options.get(name, default))
         self._names, self._given = tuple(known), tuple(options)
 
-    def forward(self, *inputs: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Any:
-        options = {name: getattr(self, name) for name in self._names}
-        return type(self).function(*inputs, mask=mask, weights=weights, **options)
+    def forward(self, *inputs: Any, **given: Tensor | None) -> Any:
+        for name in given:
+            if name not in self.per_call:
+                raise TypeError(f"{type(self).__name__} takes {', '.join(self.per_call)} with a call; got {name!r}")
+        return type(self).function(*inputs, **given, **{name: getattr(self, name) for name in self._names})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._given)

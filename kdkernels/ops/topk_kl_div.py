@@ -147,7 +147,7 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
         try:
             launcher(backend, "topk_kl_div")(input, log_probs, inside, *rest, loss, grad_input, *others)
         except ValueError:  # the kernel met a wrong index; here its name and number are those of the caller
-            _check_indices(indices, rest[4], start, stop)
+            check_topk_indices(indices, rest[4], start, stop)
             raise
     return [output for output in outputs if output is not None]
 
@@ -330,7 +330,7 @@ def topk_kl_div(
     check_student(student)
     rows, classes = student.shape[:-1], student.shape[-1]
     start, stop = check_range(valid_classes, "valid_classes", classes)
-    _check_teacher(student, teacher_log_probs, teacher_indices, stop - start)
+    check_topk_teacher(student, teacher_log_probs, teacher_indices, stop - start)
     check_reduction(reduction)
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
@@ -342,7 +342,7 @@ def topk_kl_div(
     if weights is not None:
         weights = check_weights(weights, student, dtype)
     if check_indices or (check_indices is None and backend != "cpu" and student.device.type == "cpu"):
-        _check_indices(teacher_indices, mask, start, stop)
+        check_topk_indices(teacher_indices, mask, start, stop)
 
     if backend == "reference":
         return topk_kl_div_reference(
@@ -389,7 +389,7 @@ def topk_kl_div(
     return loss.view(rows) if reduction == "none" else loss
 
 
-def _check_teacher(student: Tensor, log_probs: Any, indices: Any, classes: int) -> None:
+def check_topk_teacher(student: Tensor, log_probs: Any, indices: Any, classes: int) -> None:
     rows = student.shape[:-1]
     if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
         raise TypeError(f"teacher_log_probs must be a floating tensor, got {kind_of(log_probs)}")
@@ -420,7 +420,7 @@ def _check_teacher(student: Tensor, log_probs: Any, indices: Any, classes: int) 
             raise ValueError(f"{name} must be on the student's device {student.device}, got {tensor.device}")
 
 
-def _check_indices(indices: Tensor, mask: Tensor | None, start: int, stop: int) -> None:
+def check_topk_indices(indices: Tensor, mask: Tensor | None, start: int, stop: int) -> None:
     """Raises where a row that counts names a class outside start to stop, or one twice."""
     if torch.compiler.is_compiling() or not indices.numel():
         return

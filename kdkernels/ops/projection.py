@@ -1,0 +1,107 @@
+"""The matrix products of a loss whose logits are formed chunk by chunk: features times a head, and their gradients.
+
+    logits        (c, N) = x (c, D) Wᵀ + b      in float32 (float64 for float64) whatever the inputs are
+    grad_x        (c, D) = G (c, N) W
+    grad_weight   (N, D) += Gᵀ x
+
+Rounding logits to bfloat16 costs 5 to 14 % of the gradient as the student nears the teacher, and casting them up
+afterwards recovers nothing; so half-precision products are summed, and left, in float32. The products themselves are
+torch's, except that of two bfloat16 matrices into float32 on a CPU, which torch does not have (csrc/cpu/linear.cpp).
+
+On the CPU, float32 products go through oneDNN where torch has it: its AVX-512 kernels are up to twice as fast on AMD
+processors as those of the BLAS behind `torch.mm`, and as fast elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.backend import bf16_linear, has_bf16_linear, statistics_dtype
+
+# Elements of a tile of grad_weight, or of a head that is cast up: 4 MiB of float32 stay in the cache between the
+# product that makes them and the sum that takes them (1024 to 8192 classes of 512 features measured alike).
+TILE = 1 << 20
+# So many roundings of a bfloat16 sum are still 0.5 % of it.
+FEW_CHUNKS = 8
+
+
+def native_half(x: Tensor) -> bool:
+    """Whether half-precision products run at half precision's speed where `x` is; else they are cast up."""
+    if x.device.type != "cpu":
+        return True
+    return x.dtype == torch.bfloat16 and has_bf16_linear()
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """What the gradient of the logits is held in."""
+    return x.dtype if native_half(x) and x.dtype != torch.float16 else statistics_dtype(x.dtype)
+
+
+def sum_dtype(x: Tensor, chunks: int) -> torch.dtype:
+    """What the gradients of features and head are summed in.
+
+    float16 has no range to spare: its gradients stay in float32 until they meet the upstream gradient, which may be a
+    loss scale.
+    """
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and chunks > FEW_CHUNKS):
+        return torch.float32
+    return x.dtype
+
+
+def _onednn(x: Tensor) -> bool:
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # (m, k), (n, k) -> (m, n)
+    """a bᵀ + bias in the dtype of both."""
+    if _onednn(a) and min(*a.shape, *b.shape):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return product
+    return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+
+
+def _tiles(weight: Tensor) -> list[slice]:
+    step = max(16, TILE // max(weight.shape[1], 1))
+    return [slice(begin, begin + step) for begin in range(0, weight.shape[0], step)]
+
+
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (c, D), (N, D), (N,) -> (c, N)
+    dtype = statistics_dtype(x.dtype)
+    if x.dtype == dtype:
+        return _product(x, weight, bias)
+    if x.device.type == "cpu" and native_half(x):
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
+        bf16_linear(x, weight, bias, out)
+        return out
+    if x.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
+        out = torch.mm(x, weight.T, out_dtype=dtype)  # type: ignore[call-overload]
+        return out if bias is None else out.add_(bias)
+    x, out = x.to(dtype), torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    for tile in _tiles(weight):
+        out[:, tile] = _product(x, weight[tile].to(dtype), None if bias is None else bias[tile].to(dtype))
+    return out
+
+
+def grad_features(grad: Tensor, weight: Tensor) -> Tensor:  # (c, N), (N, D) -> (c, D) in grad's dtype
+    if grad.dtype == weight.dtype:
+        return _product(grad, weight.T)
+    out = torch.zeros(grad.shape[0], weight.shape[1], dtype=grad.dtype, device=grad.device)
+    for tile in _tiles(weight):
+        out += _product(grad[:, tile], weight[tile].to(grad.dtype).T)
+    return out
+
+
+def add_grad_weight_(sums: Tensor, grad: Tensor, x: Tensor) -> None:  # (N, D) += (c, N)ᵀ (c, D)
+    if grad.dtype == sums.dtype and not _onednn(grad):
+        sums.addmm_(grad.T, x.to(grad.dtype))
+        return
+    x = x.to(grad.dtype).T
+    for tile in _tiles(sums):
+        sums[tile] += _product(grad[:, tile].T, x)
