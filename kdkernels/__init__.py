@@ -6,13 +6,26 @@ from kdkernels.ops.dkd import DKDLoss, dkd, dkd_reference
 from kdkernels.ops.jsd import JSDLoss, jsd, jsd_reference
 from kdkernels.ops.kd_statistics import KDStatistics, kd_statistics
 from kdkernels.ops.kl_div import KLDivLoss, kl_div, kl_div_reference
+from kdkernels.ops.linear_distillation_loss import (
+    LinearDistillationLoss,
+    linear_distillation_loss,
+    linear_distillation_loss_reference,
+)
+from kdkernels.ops.linear_kl_div import LinearKLDivLoss, linear_kl_div, linear_kl_div_reference
+from kdkernels.ops.linear_loss import plan_linear_loss
 from kdkernels.ops.multi_teacher_kl_div import (
     MultiTeacherKLDivLoss,
     multi_teacher_kl_div,
     multi_teacher_kl_div_reference,
 )
 from kdkernels.ops.nkd import NKDLoss, nkd, nkd_reference
+from kdkernels.ops.shared_classifier_loss import (
+    SharedClassifierLoss,
+    shared_classifier_loss,
+    shared_classifier_loss_reference,
+)
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
+from kdkernels.ops.teacher_statistics import TeacherStatistics, precompute_teacher
 from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
 from kdkernels.ops.topk_kl_div import TopKKLDivLoss, topk_kl_div, topk_kl_div_reference
 from kdkernels.ops.tvd import TVDLoss, tvd, tvd_reference
@@ -25,10 +38,14 @@ __all__ = [
     "KDStatistics",
     "KLDivLoss",
     "LearnableTemperature",
+    "LinearDistillationLoss",
+    "LinearKLDivLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
+    "SharedClassifierLoss",
     "SkewKLDivLoss",
     "TVDLoss",
+    "TeacherStatistics",
     "TopKKLDivLoss",
     "available_backends",
     "cosine_reversal",
@@ -42,10 +59,18 @@ __all__ = [
     "kd_statistics",
     "kl_div",
     "kl_div_reference",
+    "linear_distillation_loss",
+    "linear_distillation_loss_reference",
+    "linear_kl_div",
+    "linear_kl_div_reference",
     "multi_teacher_kl_div",
     "multi_teacher_kl_div_reference",
     "nkd",
     "nkd_reference",
+    "plan_linear_loss",
+    "precompute_teacher",
+    "shared_classifier_loss",
+    "shared_classifier_loss_reference",
     "skew_kl_div",
     "skew_kl_div_reference",
     "topk_kl_div",

@@ -44,6 +44,7 @@ class Spec(NamedTuple):
     hard_weight: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    logit_mse: float = 0.0
 
     def exchanged(self) -> Spec:
         """The same soft term seen from the teacher: the two sides exchanged, and nothing else."""

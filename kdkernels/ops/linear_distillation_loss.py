@@ -14,15 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels.ops.distillation_loss import distillation_spec, named_terms
-from kdkernels.ops.linear_loss import Scale, linear_loss
+from kdkernels.ops.linear_loss import Scale
 from kdkernels.ops.logit_loss import LogitLoss
 from kdkernels.ops.rows import Range, Temperature
+from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
 
 def linear_distillation_loss(
     student: Tensor,
     student_weight: Tensor,
-    teacher: Tensor | None = None,
+    teacher: Tensor | TeacherStatistics | None = None,
     teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
@@ -133,7 +134,7 @@ def linear_distillation_loss(
         normalize=normalize,
         standardize=standardize,
     )
-    loss, terms = linear_loss(
+    loss, terms = loss_of_teacher(
         student,
         student_weight,
         teacher,

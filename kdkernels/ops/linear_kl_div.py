@@ -12,15 +12,16 @@ from functools import partial
 from torch import Tensor
 
 from kdkernels.ops.divergences import KL, REVERSE_KL, Spec
-from kdkernels.ops.linear_loss import Scale, linear_loss
+from kdkernels.ops.linear_loss import Scale
 from kdkernels.ops.logit_loss import LogitLoss
 from kdkernels.ops.rows import Range, Temperature
+from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
 
 def linear_kl_div(
     student: Tensor,
     student_weight: Tensor,
-    teacher: Tensor | None = None,
+    teacher: Tensor | TeacherStatistics | None = None,
     teacher_weight: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -68,7 +69,7 @@ def linear_kl_div(
     >>> loss = kdkernels.linear_kl_div(hidden, head.weight, teacher_hidden, teacher_head.weight, temperature=2.0)
     """
     spec = Spec(REVERSE_KL if reverse else KL, standardize=standardize)
-    loss, _ = linear_loss(
+    loss, _ = loss_of_teacher(
         student,
         student_weight,
         teacher,

@@ -57,7 +57,7 @@ from kdkernels.ops.rows import (
 )
 from kdkernels.ops.scale_rows import scale_rows_
 
-TERMS = ("soft", "hard", "z_loss", "target")
+TERMS = ("soft", "hard", "z_loss", "target", "logit_mse")
 
 
 def logit_loss_reference(
@@ -96,8 +96,12 @@ def logit_loss_reference(
         hard = spec.hard_weight * hard_rows(student, labels, spec.label_smoothing)
     if spec.z_loss:
         z = spec.z_loss * torch.logsumexp(student, -1).square()
-    terms = torch.stack((soft, hard, z, first))
-    each = soft + hard + z
+    mse = torch.zeros_like(soft)
+    if spec.logit_mse:
+        d = student - teacher.to(dtype)
+        mse = spec.logit_mse * d.square().mean(-1)
+    terms = torch.stack((soft, hard, z, first, mse))
+    each = soft + hard + z + mse
     if wrong is not None:
         each, terms = torch.where(wrong, torch.nan, each), torch.where(wrong, torch.nan, terms)
     loss, *parts = (reduce_rows(x, mask, weights, reduction) for x in (each, *terms))
@@ -108,7 +112,7 @@ _INPUTS = (
     "Tensor input, Tensor? target, Tensor? labels, Tensor? input_temperature, Tensor? target_temperature, "
     "float input_temperature_value, float target_temperature_value, Tensor? row_scale, float scale, Tensor? mask, "
     "int divergence, float first, float second, float mix, bool standardize, float soft_weight, bool squared, "
-    "float hard_weight, float label_smoothing, float z_loss, int start, int target_start, int classes, "
+    "float hard_weight, float label_smoothing, float z_loss, float logit_mse, int start, int target_start, int classes, "
     "bool with_terms, bool[] needs, str backend"
 )
 # Both give the gradients that `needs` asks for, in the order input, target, input_temperature, target_temperature;
@@ -124,7 +128,7 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
     dtype = statistics_dtype(input.dtype)
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
-        torch.empty(4, rows, dtype=dtype, device=input.device) if with_loss and with_terms else None,
+        torch.zeros(5, rows, dtype=dtype, device=input.device) if with_loss and with_terms else None,
         torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
         torch.empty_like(target, memory_format=torch.contiguous_format) if needs[1] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
@@ -135,13 +139,13 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(with_loss, arguments)
     input, target, labels, *temperatures, row_scale, scale, mask = arguments[:10]
-    spec, (start, target_start, classes, _, needs, backend) = Spec(*arguments[10:20]), arguments[20:]
+    spec, (start, target_start, classes, _, needs, backend) = Spec(*arguments[10:21]), arguments[21:]
     loss, terms, grad_input, grad_target, grad_temperature, grad_target_temperature = outputs
     rows = input.shape[0]
     if rows:
         # T² has a derivative too, and it is made of the terms.
         if spec.squared and needs[2] and terms is None:
-            terms = torch.empty(4, rows, dtype=statistics_dtype(input.dtype), device=input.device)
+            terms = torch.empty(5, rows, dtype=statistics_dtype(input.dtype), device=input.device)
         soft_scale, soft_scale_value = None, spec.soft_weight
         if spec.squared:
             if temperatures[0] is None:
@@ -156,7 +160,7 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
             target, grad_target = _within(target, grad_target, target_start, classes)
         shared = (soft_scale, soft_scale_value, row_scale, scale, mask)
         if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
-            options = (*spec[:5], *spec[7:])
+            options = (*spec[:5], *spec[7:10])
             kernel(
                 input,
                 target,
@@ -172,7 +176,7 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
         if grad_target is not None or grad_target_temperature is not None:
             sides = [temperatures[i] for i in (1, 0, 3, 2)]
             exchanged = spec.exchanged()
-            options = (*exchanged[:5], *exchanged[7:])
+            options = (*exchanged[:5], *exchanged[7:10])
             found = (None, None, grad_target, grad_target_temperature)
             kernel(target, input, labels, *sides, *shared, *options, *found)
         if spec.squared and grad_temperature is not None:
@@ -182,6 +186,17 @@ def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
             )
             grad_temperature.add_(of_square / temperatures[0], alpha=2)
     return [output for output in outputs if output is not None]
+
+
+def fill_logit_loss(outputs, student, teacher, labels, tq, tp, tqv, tpv, row_scale, scale, mask, spec, backend):
+    loss, terms, g, gt, gT, gTt = outputs
+    o = run_logit_loss(True, student.clone(), teacher, labels, tq, tp, tqv, tpv, row_scale, scale, mask, *spec, 0, 0, student.shape[1], True, [g is not None, gt is not None, gT is not None, gTt is not None], backend)
+    l, t, *rest = o
+    if loss is not None: loss.copy_(l)
+    if terms is not None: terms.copy_(t)
+    it = iter(rest)
+    for x in (g, gt, gT, gTt):
+        if x is not None: x.copy_(next(it))
 
 
 def _within(x: Tensor, grad: Tensor | None, start: int, classes: int) -> tuple[Tensor, Tensor | None]:
@@ -445,7 +460,7 @@ def logit_loss(
             terms = None if terms is None else terms.sum(1)
     if reduction == "none":
         loss = loss.view(shape)
-        terms = None if terms is None else terms.view(4, *shape)
+        terms = None if terms is None else terms.view(5, *shape)
     return loss, terms
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.ops.distillation_loss import distillation_spec, named_terms
-from kdkernels.ops.linear_loss import Scale, check_side, linear_loss
+from kdkernels.ops.linear_loss import Scale, check_side
 from kdkernels.ops.logit_loss import LogitLoss
 from kdkernels.ops.pool_mse import pool_mse
 from kdkernels.ops.rows import (
@@ -34,7 +34,7 @@ from kdkernels.ops.rows import (
     kind_of,
     reduce_rows,
 )
-from kdkernels.ops.teacher_statistics import TeacherStatistics, from_statistics
+from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
 MATCHES = ("map", "pooled")
 
@@ -159,7 +159,6 @@ def shared_classifier_loss(
             *_, of_features = pool_mse(pooled, pooled_teacher, mask=counts, backend=backend)
 
     options: dict[str, Any] = {
-        "labels": labels,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
         "logit_scale": logit_scale,
@@ -170,16 +169,21 @@ def shared_classifier_loss(
         "with_terms": return_terms,
         "backend": backend,
     }
-    if statistics is not None:
-        loss, terms = from_statistics(pooled, weight, bias, statistics, spec, **options)
-    else:
-        head, head_bias = weight, bias
-        if detach_teacher:
-            pooled_teacher, head = pooled_teacher.detach(), weight.detach()
-            head_bias = None if bias is None else bias.detach()
-        loss, terms = linear_loss(
-            pooled, weight, pooled_teacher, head, spec=spec, bias=bias, teacher_bias=head_bias, **options
-        )
+    head, head_bias = weight, bias
+    if detach_teacher:
+        head, head_bias = weight.detach(), None if bias is None else bias.detach()
+        pooled_teacher = None if pooled_teacher is None else pooled_teacher.detach()
+    loss, terms = loss_of_teacher(
+        pooled,
+        weight,
+        pooled_teacher if statistics is None else statistics,
+        head,
+        labels,
+        spec,
+        bias=bias,
+        teacher_bias=head_bias,
+        **options,
+    )
     of_features_loss = None
     if of_features is not None:
         rows_weights = None if weights is None else check_weights(weights, pooled, dtype)

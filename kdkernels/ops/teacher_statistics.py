@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kdkernels.backend import statistics_dtype
 from kdkernels.ops import projection
-from kdkernels.ops.divergences import KL, Spec
+from kdkernels.ops.divergences import KL, NONE, Spec
 from kdkernels.ops.linear_loss import check_side, linear_loss, planned_rows
 from kdkernels.ops.rows import check_mask, check_number, check_temperature, check_weights, reduce_rows
 
@@ -160,19 +160,33 @@ def precompute_teacher(
     )
 
 
-def from_statistics(
-    student: Tensor, weight: Tensor, bias: Tensor | None, statistics: TeacherStatistics, spec: Spec, **options: Any
+def loss_of_teacher(
+    student: Tensor,
+    weight: Tensor,
+    teacher: Tensor | TeacherStatistics | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_loss` with `statistics` for a teacher: same result."""
+    """`linear_loss`, of which the teacher may be known by its statistics."""
+    if not isinstance(teacher, TeacherStatistics):
+        return linear_loss(student, weight, teacher, teacher_weight, labels, spec, **options)
+    if spec.divergence == NONE and not spec.logit_mse:
+        return linear_loss(student, weight, None, None, labels, spec, **options)
+    if teacher_weight is not None and teacher_weight is not weight:
+        raise ValueError("teacher_weight must be None or student_weight with TeacherStatistics")
+    statistics, bias = teacher, options.pop("bias", None)
     if spec.divergence != KL or spec.standardize or spec.logit_mse:
         raise ValueError(
-            "teacher must be hidden states, unless soft is 'kl' without standardize and the logits' MSE: "
+            "teacher must be hidden states unless soft is 'kl' without standardize and the logits' MSE: "
             "TeacherStatistics do not say more"
         )
     for name, value in (("student_weight", weight), ("student_bias", bias)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require grad: TeacherStatistics hold for one frozen head")
-    for name in ("teacher_bias", "softcap", "teacher_softcap", "teacher_logit_scale", "valid_classes"):
+    check_side(student, weight, bias, "student")
+    for name in ("log_probs", "indices", "softcap", "teacher_softcap", "teacher_logit_scale", "valid_classes"):
         if options.get(name) is not None:
             raise ValueError(f"{name} must be None with TeacherStatistics, got {options[name]!r}")
     t, scale = statistics.temperature, statistics.logit_scale
@@ -187,15 +201,17 @@ def from_statistics(
         raise ValueError(
             f"teacher must have the student's rows {tuple(student.shape[:-1])}, got {tuple(statistics.top.shape)}"
         )
-    mask, weights, labels = options["mask"], options["weights"], options["labels"]
+    mask, weights = options["mask"], options["weights"]
+    options = {k: v for k, v in options.items() if k not in ("log_probs", "indices", "tail", "teacher_bias")}
     dtype = statistics_dtype(student.dtype)
-    with_terms = options.pop("with_terms")
+    with_terms = options.pop("with_terms", False)
     loss, terms = linear_loss(
         student,
         weight,
         None,
         None,
-        spec=spec,
+        labels,
+        spec,
         bias=bias,
         log_probs=statistics.entropy.new_zeros(*statistics.top.shape, 1),
         indices=statistics.top[..., None],
@@ -206,7 +222,7 @@ def from_statistics(
     assert terms is not None
     counts = None if mask is None else check_mask(mask, student)
     if labels is not None:
-        labelled = labels != options["ignore_index"]
+        labelled = labels != options.get("ignore_index", -100)
         counts = labelled if counts is None else counts & labelled
     x = student.to(dtype)
     if counts is not None:
@@ -220,7 +236,16 @@ def from_statistics(
         if _error(student, terms[0], rest.detach()) > statistics.precision:
             features = statistics.features
             return linear_loss(
-                student, weight, features, weight, spec=spec, bias=bias, teacher_bias=bias, with_terms=with_terms, **options
+                student,
+                weight,
+                features,
+                weight,
+                labels,
+                spec,
+                bias=bias,
+                teacher_bias=bias,
+                with_terms=with_terms,
+                **options,
             )
     if not with_terms:
         return loss + rest, None
