@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -121,7 +122,6 @@ def plan_linear_loss(
     return Plan("chunks", max(1, min(rows, -(-each // step) * step)))
 
 
-@cache
 def _machine(device: torch.device) -> tuple[int, int]:
     """(cores, cache) as `plan_linear_loss` takes them."""
     if device.type == "cuda":
@@ -238,10 +238,14 @@ def _planned(call: Call) -> Call:
 
 def planned_rows(x: Tensor, classes: int, tiled: bool = False) -> int:
     """`plan_linear_loss` for rows `x` (M, D), as Call's chunk_rows."""
-    cores, cache = _machine(x.device)
-    itemsize = statistics_dtype(x.dtype).itemsize
+    return _planned_rows(x.shape[0], classes, statistics_dtype(x.dtype).itemsize, x.device, tiled)
+
+
+@cache
+def _planned_rows(rows: int, classes: int, itemsize: int, device: torch.device, tiled: bool) -> int:
+    cores, size = _machine(device)
     plan = plan_linear_loss(
-        x.shape[0], classes, itemsize=itemsize, device=x.device.type, cores=cores, cache=cache, tiled=tiled
+        rows, classes, itemsize=itemsize, device=device.type, cores=cores, cache=size, tiled=tiled
     )
     return plan.chunk_rows
 
@@ -252,7 +256,11 @@ def _takes_tiles(call: Call) -> bool:
 
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
-    call = _planned(Call.of(arguments))
+    return _execute(with_loss, Call.of(arguments))
+
+
+def _execute(with_loss: bool, call: Call) -> list[Tensor]:
+    call = _planned(call)
     outputs = _outputs(with_loss, call)
     if call.chunk_rows:
         _run_chunks(call, outputs)
@@ -273,9 +281,9 @@ for _name, _with_loss in (("linear_loss_fwd", True), ("linear_loss_bwd", False))
 
 
 def _run(with_loss: bool, call: Call) -> list[Tensor]:
-    arguments = call.arguments()
     if unobserved(call.input):
-        return _body(with_loss, *arguments)
+        return _execute(with_loss, call)
+    arguments = call.arguments()
     op = torch.ops.kdkernels.linear_loss_fwd if with_loss else torch.ops.kdkernels.linear_loss_bwd
     return op(*arguments)  # type: ignore[no-any-return]
 
@@ -284,9 +292,6 @@ def _run_chunks(call: Call, outputs: Sequence[Tensor | None]) -> None:
     """Fills `outputs`, a few rows at a time."""
     rows, mask, live = call.input.shape[0], call.mask, None
     loss, terms, *gradients = outputs
-    for i in (1, 2, 4, 5):  # the sums over rows
-        if gradients[i] is not None:
-            gradients[i].zero_()
     if mask is not None and mask.device.type == "cpu":
         # Rows that do not count are not projected either. (A GPU would have to wait for their number.)
         live, mask = mask.nonzero()[:, 0], None
@@ -294,42 +299,46 @@ def _run_chunks(call: Call, outputs: Sequence[Tensor | None]) -> None:
         for x in (loss, terms, *(gradients[i] for i in (0, 3, 6, 7))):
             if x is not None:
                 x.zero_()
-    of_scale, of_target_scale = gradients[8:]
-    for x in (of_scale, of_target_scale):
-        if x is not None:
+    for i in (1, 2, 4, 5, 8, 9):  # sums over rows, which start with the first chunk
+        x = gradients[i]
+        if x is not None and (rows == 0 or i > 5 or x.shape[0] != call.classes):
             x.zero_()
+    whole = live is None and rows <= call.chunk_rows
     for begin in range(0, rows, call.chunk_rows):
         chunk = slice(begin, min(begin + call.chunk_rows, rows))
-        _run_chunk(call, chunk if live is None else live[chunk], mask, outputs)
-    if of_scale is not None:
-        of_scale.div_(call.scale)
-    if of_target_scale is not None:
-        of_target_scale.div_(call.target_scale)
+        some = None if whole else chunk if live is None else live[chunk]
+        _run_chunk(call, some, begin == 0, mask, outputs)
+    for x, scale in ((gradients[8], call.scale), (gradients[9], call.target_scale)):
+        if x is not None:
+            x.div_(scale)
 
 
-def _run_chunk(call: Call, rows: slice | Tensor, mask: Tensor | None, outputs: Sequence[Tensor | None]) -> None:
+# Which rows a chunk has: all, some in a row, or those that count.
+Rows = slice | Tensor | None
+
+
+def _run_chunk(
+    call: Call, rows: Rows, first: bool, mask: Tensor | None, outputs: Sequence[Tensor | None]
+) -> None:
     loss, terms, *gradients = outputs
-    needs = call.needs
-    dtype = statistics_dtype(call.input.dtype)
+    needs, dtype = call.needs, statistics_dtype(call.input.dtype)
     mask = _of_rows(mask, rows)
-
-    def part(x: Tensor | None, width: int | None = None) -> Tensor | None:
-        x = _of_rows(x, rows)
-        if x is None or mask is None or width is None:
-            return x
-        return torch.where(mask[:, None], x, 0)  # whatever a row holds that does not count
-
-    x, target = part(call.input, 2), part(call.target, None if call.kind == TOPK else 2)
+    x, target = _of_rows(call.input, rows), _of_rows(call.target, rows)
     assert x is not None
+    if mask is not None:  # whatever a row holds that does not count
+        x = torch.where(mask[:, None], x, 0)
+        if call.kind in (HIDDEN, LOGITS):
+            target = torch.where(mask[:, None], target, 0)
     weight, bias = _classes(call.weight, call.start, call.classes), _classes(call.bias, call.start, call.classes)
     target_weight, target_bias = weight, bias
     if not call.tied:
         target_weight = _classes(call.target_weight, call.target_start, call.classes)
         target_bias = _classes(call.target_bias, call.target_start, call.classes)
+    assert weight is not None
 
     student = teacher = None
     if call.kind == HIDDEN:
-        assert target is not None and weight is not None and target_weight is not None
+        assert target is not None and target_weight is not None
         if _same_memory(weight, target_weight) and _same_memory(bias, target_bias) and x.dtype == target.dtype:
             both = projection.logits(torch.cat((x, target)), weight, bias)  # each part of the head is read once
             student, teacher = both[: x.shape[0]], both[x.shape[0] :]
@@ -344,94 +353,100 @@ def _run_chunk(call: Call, rows: slice | Tensor, mask: Tensor | None, outputs: S
         student = projection.logits(x, weight, bias)
     _transform(student, call.scale, call.scale_value, call.cap)
 
-    # What the kernel fills. The student's logits become their gradient, unless something reads them again.
-    of_student = any(needs[i] for i in (0, 1, 2, 8)) or (call.tied and needs[1])
-    of_teacher = any(needs[i] for i in (3, 4, 5, 9)) or (call.tied and (needs[1] or needs[2]))
-    of_teacher = of_teacher and call.kind in (HIDDEN, LOGITS) and teacher is not None
     count, device = x.shape[0], x.device
-
-    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=like, device=device)
+    tied_head = call.tied and (needs[1] or needs[2])
+    of_student = needs[0] or needs[1] or needs[2] or needs[8]
+    of_teacher = teacher is not None and (needs[3] or needs[4] or needs[5] or needs[9] or tied_head)
 
     def gradient(logits: Tensor, features: Tensor, cap: float, read_again: bool) -> Tensor:
+        """Where the kernel leaves a gradient: in the logits' place, unless something reads them again."""
         wanted = projection.gradient_dtype(features)
-        again = bool(cap) or read_again or wanted != logits.dtype
-        return empty(*logits.shape, like=wanted) if again else logits
+        if cap or read_again or wanted != logits.dtype:
+            return torch.empty(logits.shape, dtype=wanted, device=device)
+        return logits
 
-    both_sides = of_teacher or needs[7]
-    grad = gradient(student, x, call.cap, both_sides or call.kind == TOPK) if of_student else None
-    grad_teacher = None
+    grad = grad_teacher = None
+    if of_student:
+        grad = gradient(student, x, call.cap, of_teacher or needs[7] or call.kind == TOPK)
     if of_teacher:
         assert teacher is not None and target is not None
         grad_teacher = gradient(teacher, target, call.target_cap, call.kind == LOGITS)
-    chunk_loss = empty(count) if loss is not None else None
-    chunk_terms = empty(5, count) if terms is not None else None
-    of_temperature = empty(count) if needs[6] else None
-    of_target_temperature = empty(count) if needs[7] else None
-    labels = part(call.labels)
+
+    def piece(whole: Tensor | None) -> Tensor | None:
+        """A part of an output (..., M) for a kernel to fill: its own memory where that is contiguous."""
+        if whole is None or rows is None:
+            return whole
+        if isinstance(rows, slice) and whole.dim() == 1:
+            return whole[rows]
+        return torch.empty(*whole.shape[:-1], count, dtype=whole.dtype, device=device)
+
+    outs = (loss, terms, gradients[6], gradients[7])
+    pieces = [piece(x) for x in outs]
+    labels = _of_rows(call.labels, rows)
     if labels is None and call.spec.divergence in OF_LABELS:
         assert teacher is not None
         labels = teacher.argmax(1)
     shared = (
         labels,
-        part(call.input_temperature),
-        part(call.target_temperature),
+        _of_rows(call.input_temperature, rows),
+        _of_rows(call.target_temperature, rows),
         call.input_temperature_value,
         call.target_temperature_value,
-        part(call.row_scale),
+        _of_rows(call.row_scale, rows),
         call.row_scale_value,
         mask,
     )
     if call.kind == TOPK:
         assert target is not None
-        grad_target = empty(*target.shape) if needs[3] else None
-        filled = (chunk_loss, chunk_terms, grad, grad_target, of_temperature)
-        _fill_topk(call, student, target, part(call.indices), shared, filled)
-        if gradients[3] is not None:
-            gradients[3][rows] = grad_target
+        of_log_probs = torch.empty_like(target) if needs[3] else None
+        filled = (pieces[0], pieces[1], grad, of_log_probs, pieces[2])
+        _fill_topk(call, student, target, _of_rows(call.indices, rows), shared, filled)
+        if needs[3]:
+            _put(gradients[3], rows, of_log_probs)
     else:
-        fill_logit_loss(
-            (chunk_loss, chunk_terms, grad, grad_teacher, of_temperature, of_target_temperature),
-            student,
-            teacher,
-            *shared,
-            call.spec,
-            call.backend,
-        )
-    for whole, piece in (
-        (loss, chunk_loss),
-        (gradients[6], of_temperature),
-        (gradients[7], of_target_temperature),
-    ):
-        if whole is not None:
-            whole[rows] = piece
-    if terms is not None:
-        terms[:, rows] = chunk_terms
+        filled = (pieces[0], pieces[1], grad, grad_teacher, pieces[2], pieces[3])
+        fill_logit_loss(filled, student, teacher, *shared, call.spec, call.backend)
+    for whole, part in zip(outs, pieces):
+        if part is not whole and not (isinstance(rows, slice) and part is not None and part.dim() == 1):
+            if whole is not None and whole.dim() == 2:
+                whole[:, rows] = part
+            else:
+                _put(whole, rows, part)
 
     if grad is not None:
         _transform_back(grad, student, call.scale, call.scale_value, call.cap)
         of_side = (gradients[0], gradients[1], gradients[2], gradients[8])
-        _backproject(grad, x, weight, bias, of_side, rows, call.start, call.classes)
+        _backproject(grad, x, weight, bias, of_side, rows, call.start, first)
     if grad_teacher is not None:
         assert teacher is not None and target is not None
         if call.kind == LOGITS:
             whole = gradients[3]
             assert whole is not None
-            whole[rows, : call.target_start] = 0
-            whole[rows, call.target_start + call.classes :] = 0
-            whole[rows, call.target_start : call.target_start + call.classes] = grad_teacher.to(whole.dtype)
+            if whole.shape[1] > call.classes:
+                padded = torch.zeros(count, whole.shape[1], dtype=grad_teacher.dtype, device=device)
+                padded[:, call.target_start : call.target_start + call.classes] = grad_teacher
+                grad_teacher = padded
+            _put(whole, rows, grad_teacher)
             return
+        assert target_weight is not None
         _transform_back(grad_teacher, teacher, call.target_scale, call.target_scale_value, call.target_cap)
         start = call.start if call.tied else call.target_start
         heads = gradients[1:3] if call.tied else gradients[4:6]
-        of_side = (gradients[3], *heads, gradients[9])
-        _backproject(grad_teacher, target, target_weight, target_bias, of_side, rows, start, call.classes)
+        of_side = (gradients[3], heads[0], heads[1], gradients[9])
+        first = first and not (call.tied and grad is not None)
+        _backproject(grad_teacher, target, target_weight, target_bias, of_side, rows, start, first)
 
 
-def _of_rows(x: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    if x is None:
-        return None
+def _of_rows(x: Tensor | None, rows: Rows) -> Tensor | None:
+    if x is None or rows is None:
+        return x
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _put(whole: Tensor | None, rows: Rows, part: Tensor | None) -> None:
+    """whole[rows] = part."""
+    if whole is not None and part is not None:
+        whole[slice(None) if rows is None else rows] = part.to(whole.dtype)
 
 
 def _classes(x: Tensor | None, start: int, classes: int) -> Tensor | None:  # (N, D) or (N,)
@@ -470,25 +485,28 @@ def _backproject(
     weight: Tensor,  # (classes, D)
     bias: Tensor | None,  # (classes,)
     of_side: Sequence[Tensor | None],  # (M, D), (N, D), (N,), ()
-    rows: slice | Tensor,
+    rows: Rows,
     start: int,
-    classes: int,
+    first: bool,
 ) -> None:
     of_x, of_weight, of_bias, of_scale = of_side
+    classes = weight.shape[0]
     if of_x is not None or of_scale is not None:
         features = projection.grad_features(grad, weight)
-        if of_x is not None:
-            of_x[rows] = features.to(of_x.dtype)
+        _put(of_x, rows, features)
         if of_scale is not None:
             of_scale += (features.to(of_scale.dtype) * x).sum()
     if of_weight is not None:
-        projection.add_grad_weight_(_classes(of_weight, start, classes), grad, x)
+        sums = _classes(of_weight, start, classes)
+        assert sums is not None
+        projection.add_grad_weight_(sums, grad, x, first)
     if of_bias is not None or (of_scale is not None and bias is not None):
-        sums = grad.sum(0, dtype=statistics_dtype(x.dtype))
+        total = grad.sum(0, dtype=statistics_dtype(x.dtype))
         if of_bias is not None:
-            of_bias.narrow(0, start, classes).add_(sums)
+            part = of_bias.narrow(0, start, classes)
+            part.copy_(total) if first else part.add_(total)
         if of_scale is not None and bias is not None:
-            of_scale += (sums * bias).sum()
+            of_scale += (total * bias).sum()
 
 
 def _fill_topk(
@@ -732,7 +750,8 @@ class _LinearLoss(torch.autograd.Function):
             call = _call(
                 tensors, numbers, indices, labels, mask, row_scale, scale_value, options, needs[:10]
             )
-            gradients = _run(False, call._replace(with_terms=False))
+            with _no_autocast(tensors[0]):
+                gradients = _run(False, call._replace(with_terms=False))
         if needs[10]:
             each, one = scale_of_rows(None, mask, options.reduction, rows.shape[0], rows.dtype)
             of_weights = rows * grad_output * (one if each is None else each)
@@ -882,7 +901,7 @@ def linear_loss(
         teacher_weight = teacher_bias = None
     numbers = (temperature, teacher_temperature, scale, teacher_scale)
 
-    with torch.autocast(student.device.type, enabled=False):
+    with _no_autocast(student):
         if backend == "reference":
             loss, every = linear_loss_reference(
                 student,
@@ -928,6 +947,13 @@ def linear_loss(
         loss = loss.view(shape)
         terms = None if terms is None else terms.view(5, *shape)
     return loss, terms
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The products inside are of the dtypes that they are given."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
