@@ -1,6 +1,8 @@
-r"""The whole loss of a distillation step: soft term, hard cross-entropy and z-loss, in one pass over the logits.
+r"""The whole loss of a distillation step: soft term, hard cross-entropy, z-loss and logit MSE, in one pass over the
+logits.
 
     hard_weight CE(student, labels) + soft_weight T² D(teacher / T, student / T) + z_loss lse(student)²
+        + logit_mse_weight mean (student − teacher)²
 
 CE, with label smoothing, and lse = log Σ e^z are of the raw logits. T² stands in the kernel: its gradient leaves in
 final form, and the backward pass has nothing to multiply.
@@ -41,6 +43,7 @@ def distillation_loss(
     hard_weight: float = 0.1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_mse_weight: float = 0.0,
     ignore_index: int = -100,
     alpha: float | None = None,
     beta: float | None = None,
@@ -56,7 +59,8 @@ def distillation_loss(
     return_terms: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""hard_weight·CE(student, labels) + soft_weight·T²·soft(student, teacher) + z_loss·lse², in one pass.
+    r"""hard_weight·CE(student, labels) + soft_weight·T²·soft(student, teacher) + z_loss·lse² + logit_mse_weight·MSE, in one
+    pass.
 
     Args:
         student: (..., N) logits: float32, float16, bfloat16, or float64 (backends reference and cpu).
@@ -72,6 +76,9 @@ def distillation_loss(
         hard_weight: the cross-entropy's weight; it is taken of the raw logits.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``, over the classes that are not −inf.
         z_loss: weight of the squared log-sum-exp of the student's raw logits (PaLM, arXiv 2204.02311).
+        logit_mse_weight: weight of the mean over a row's classes of (student − teacher)², of the raw logits: neither
+            temperature nor ``standardize`` nor ``soft_weight`` has a part in it. A class that is −inf in both counts
+            as equal, one that is so in one only makes the loss infinite.
         ignore_index: a row with this label counts for nothing: neither hard nor soft, nor in the denominator.
         alpha: of "dkd" (1) and of the skewed KLs (0.1).
         beta: of "dkd" (8) and of "jsd" (0.5).
@@ -86,9 +93,9 @@ def distillation_loss(
         valid_classes: the student's classes that there are: the first n, or (start, stop). The others (padding of a
             vocabulary) carry no mass and get no gradient. The teacher's too, unless ``teacher_valid_classes`` is given;
             the two must be equally long.
-        return_terms: also give the parts: a dict with "soft", "hard", "z_loss" (they add up to the loss) and, of
-            "soft", "target" and "non_target" for "dkd" and "nkd". Detached, weighted and reduced like the loss; they
-            come from the same pass.
+        return_terms: also give the parts: a dict with "soft", "hard", "z_loss", "logit_mse" (they add up to the loss)
+            and, of "soft", "target" and "non_target" for "dkd" and "nkd". Detached, weighted and reduced like the loss;
+            they come from the same pass.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available. A named one is obeyed
             or raises.
 
@@ -111,6 +118,7 @@ def distillation_loss(
         "hard_weight": check_number(hard_weight, "hard_weight"),
         "label_smoothing": float(label_smoothing),
         "z_loss": check_number(z_loss, "z_loss"),
+        "logit_mse": check_number(logit_mse_weight, "logit_mse_weight"),
     }
     if labels is None and hard_weight:
         raise TypeError("labels must be given where hard_weight is not 0")
