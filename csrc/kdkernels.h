@@ -47,7 +47,7 @@ struct KlDivParams {
 // row's label, P' and Q' the softmaxes over the classes other than y (nothing, where there is no
 // other), b_P = (P_y, 1 - P_y); p and q are P and Q at temperature 1.
 enum class Divergence : int32_t {
-  kNone = 0,               // nothing: the target is not read, and may be null
+  kNone = 0,               // nothing: without logit_mse the target is not read, and may be null
   kKl = 1,                 // KL(P||Q)
   kReverseKl = 2,          // KL(Q||P)
   kMixture = 3,            // first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q, 0 < mix < 1
@@ -59,27 +59,36 @@ enum class Divergence : int32_t {
   kStatistics = 9,         // KL(P||Q), without a gradient; `terms` are the statistics named below
 };
 
-// Rows of a loss from logits: a soft term against the target, hard cross-entropy, z-loss.
+// Rows of a loss from logits: a soft term against the target, hard cross-entropy, z-loss, and the
+// mean squared difference of the logits.
 //
 //   P = softmax(target / T_P), Q = softmax(input / T_Q)
 //   soft  = soft_scale D(P, Q); of the normalized divergences soft_scale takes the second part only
 //   hard  = hard_weight (lse - (1 - label_smoothing) input_y - label_smoothing mean_j input_j)
 //   z     = z_loss lse^2, with lse = log sum_j e^input_j
-//   loss  = row_scale (soft + hard + z)
-//   terms = row_scale soft, row_scale hard, row_scale z, and the part of the first that has the
-//           factor `first`, of the decoupled and normalized divergences (else 0)
+//   mse   = logit_mse / classes sum_j (input_j - target_j)^2, where -inf - -inf = 0
+//   loss  = row_scale (soft + hard + z + mse)
+//   terms = row_scale soft, row_scale hard, row_scale z, the part of the first that has the factor
+//           `first`, of the decoupled and normalized divergences (else 0), and row_scale mse
 //   grad_input             = dloss / dinput
 //   grad_input_temperature = dloss / dT_Q, with soft_scale constant
 //
 // kStatistics: terms = row_scale times the entropy of P, that of Q, sum_j min(P_j, Q_j), and 1
-// where the first maxima of target and input are the same class, else 0.
+// where the first maxima of target and input are the same class, else 0; logit_mse must be 0.
 //
 // With `standardize`, the soft term (only) takes z' = (z - mean) / (1e-7 + std) instead of z, on
 // both sides, with std over classes - 1; a row without spread gives z' = 0 and no gradient. Logits
 // of -inf stay so, and are not counted in the means, std and its `classes`. A label outside [0,
 // classes) makes its row's outputs NaN (on the CPU: std::invalid_argument). A null output is not
 // computed. A row whose mask is 0 is not read: its outputs are 0. `labels` may be null where
-// neither hard_weight nor the divergence needs them.
+// neither hard_weight nor the divergence needs them, `target` where neither logit_mse nor the
+// divergence does. An infinite difference of two logits makes the mse infinite, and its gradient at
+// that class, with the difference's sign.
+//
+// grad_input has dtype, or of kFloat32 logits kFloat16 or kBFloat16, rounded once. It may be the
+// same memory as `input` where dtype and stride are the same, too.
+constexpr int kTerms = 5;
+
 struct LogitLossParams {
   const void* input;               // (rows, classes), row stride input_stride, class stride 1
   const void* target;              // (rows, classes), row stride target_stride, class stride 1
@@ -90,8 +99,8 @@ struct LogitLossParams {
   const void* row_scale;           // (rows,) statistics, or null: scale
   const uint8_t* mask;             // (rows,), or null: every row counts
   void* loss;                      // (rows,) statistics, or null
-  void* terms;                     // (4, rows) statistics, or null
-  void* grad_input;                // (rows, classes), row stride grad_stride, or null
+  void* terms;                     // (kTerms, rows) statistics, or null
+  void* grad_input;                // (rows, classes) grad_dtype, row stride grad_stride, or null
   void* grad_input_temperature;    // (rows,) statistics, or null
   double input_temperature_value;
   double target_temperature_value;
@@ -103,6 +112,7 @@ struct LogitLossParams {
   double hard_weight;
   double label_smoothing;
   double z_loss;
+  double logit_mse;
   int64_t rows;
   int64_t classes;
   int64_t input_stride;
@@ -111,6 +121,7 @@ struct LogitLossParams {
   Divergence divergence;
   bool standardize;
   DType dtype;
+  DType grad_dtype;
 };
 
 // What a teacher's top k leave over: the mass that their log-probabilities do not name.

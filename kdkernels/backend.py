@@ -222,15 +222,17 @@ def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) 
         hard_weight: float,
         label_smoothing: float,
         z_loss: float,
+        logit_mse: float,
         loss: Tensor | None,  # (M,)
-        terms: Tensor | None,  # (4, M)
-        grad_input: Tensor | None,  # (M, N)
+        terms: Tensor | None,  # (5, M)
+        grad_input: Tensor | None,  # (M, N) of input's dtype, or a half of float32 logits; may be input itself
         grad_input_temperature: Tensor | None,  # (M,)
     ) -> None:
         rows, classes = input.shape
         run(
             where(input),
             _DTYPE_CODE[input.dtype],
+            _DTYPE_CODE[input.dtype if grad_input is None else grad_input.dtype],
             rows,
             classes,
             input.stride(0),
@@ -256,6 +258,7 @@ def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) 
             hard_weight,
             label_smoothing,
             z_loss,
+            logit_mse,
             _address(loss),
             _address(terms),
             _address(grad_input),

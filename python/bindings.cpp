@@ -53,13 +53,13 @@ KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t inpu
 }
 
 LogitLossParams logit_loss_params(
-    int dtype, int64_t rows, int64_t classes, int64_t input_stride, int64_t target_stride,
-    int64_t grad_stride, uintptr_t input, uintptr_t target, uintptr_t labels,
+    int dtype, int grad_dtype, int64_t rows, int64_t classes, int64_t input_stride,
+    int64_t target_stride, int64_t grad_stride, uintptr_t input, uintptr_t target, uintptr_t labels,
     uintptr_t input_temperature, uintptr_t target_temperature, double input_temperature_value,
     double target_temperature_value, uintptr_t soft_scale, double soft_scale_value,
     uintptr_t row_scale, double scale, uintptr_t mask, int divergence, double first, double second,
     double mix, bool standardize, double hard_weight, double label_smoothing, double z_loss,
-    uintptr_t loss, uintptr_t terms, uintptr_t grad_input, uintptr_t grad_input_temperature) {
+    double logit_mse, uintptr_t loss, uintptr_t terms, uintptr_t grad_input, uintptr_t grad_input_temperature) {
   LogitLossParams params;
   params.input = address<const void>(input);
   params.target = address<const void>(target);
@@ -83,6 +83,7 @@ LogitLossParams logit_loss_params(
   params.hard_weight = hard_weight;
   params.label_smoothing = label_smoothing;
   params.z_loss = z_loss;
+  params.logit_mse = logit_mse;
   params.rows = rows;
   params.classes = classes;
   params.input_stride = input_stride;
@@ -91,6 +92,7 @@ LogitLossParams logit_loss_params(
   params.divergence = static_cast<Divergence>(divergence);
   params.standardize = standardize;
   params.dtype = static_cast<DType>(dtype);
+  params.grad_dtype = static_cast<DType>(grad_dtype);
   return params;
 }
 

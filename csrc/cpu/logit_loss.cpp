@@ -12,6 +12,9 @@
 // With many rows the exponentials stay where sweep 1 left them, in rows of each thread; with few,
 // when such rows would be much beside the gradient, they are made again block by block.
 //
+// The gradient is made in its own row where that has the statistics' type and is not the input's
+// row, which is still to be read; else in a row or block of the thread's, and stored block by block.
+//
 // A row comes from memory once and stays in the inner caches for the later sweeps. Threads take
 // contiguous runs of rows, and each row is summed in one fixed order, so that results do not depend
 // on their number.
@@ -379,6 +382,30 @@ KDK_INLINE void subtract_line_from(S* g, const S* s, int64_t n, S slope, S about
   }
 }
 
+// s_j - t_j, 0 where both are -inf.
+template <typename S>
+KDK_INLINE S gap(S s, S t) {
+  constexpr S kLowest = -static_cast<S>(INFINITY);
+  return select((s == kLowest) & (t == kLowest), S(0), s - t);
+}
+
+template <typename S>
+KDK_INLINE double squared_gaps_of(const S* s, const S* t, int64_t n) {
+  S sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const S x = gap(s[j], t[j]);
+    sum += x * x;
+  }
+  return sum;
+}
+
+template <typename S>
+KDK_INLINE void add_gaps_of(S* g, const S* s, const S* t, int64_t n, S slope) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] += slope * gap(s[j], t[j]);
+}
+
 template <typename S>
 KDK_INLINE void statistics_of(const Terms<S>& terms, const S* s, const S* t, int64_t n,
                               double* sums) {
@@ -433,6 +460,12 @@ constexpr int kMostSquarings = 4;
   }                                                                                             \
   KDK_CLONES void subtract_line(S* g, const S* s, int64_t n, S slope, S about, S level) {       \
     subtract_line_from(g, s, n, slope, about, level);                                           \
+  }                                                                                             \
+  KDK_CLONES double squared_gaps(const S* s, const S* t, int64_t n) {                           \
+    return squared_gaps_of(s, t, n);                                                            \
+  }                                                                                             \
+  KDK_CLONES void add_gaps(S* g, const S* s, const S* t, int64_t n, S slope) {                  \
+    add_gaps_of(g, s, t, n, slope);                                                             \
   }                                                                                             \
   KDK_CLONES void statistics(const Terms<S>& terms, const S* s, const S* t, int64_t n,          \
                              double* sums) {                                                    \
@@ -503,11 +536,13 @@ template <typename S>
 void store_block(const S* x, int64_t n, int64_t begin, DType dtype, void* row) {
   if constexpr (sizeof(S) == sizeof(float)) {
     if (dtype == DType::kBFloat16) {
-      narrow_halves(x, n, static_cast<BFloat16*>(row) + begin);
-    } else if (dtype == DType::kFloat16) {
-      narrow_halves(x, n, static_cast<Float16*>(row) + begin);
+      return narrow_halves(x, n, static_cast<BFloat16*>(row) + begin);
+    }
+    if (dtype == DType::kFloat16) {
+      return narrow_halves(x, n, static_cast<Float16*>(row) + begin);
     }
   }
+  std::copy_n(x, n, static_cast<S*>(row) + begin);
 }
 
 int64_t size_of(DType dtype) {
@@ -567,8 +602,15 @@ struct Spread {
   }
 };
 
+// Whether the rows of the gradient may be made where they will be.
+bool in_own_row(const LogitLossParams& params) {
+  const bool is_half =
+      params.grad_dtype == DType::kFloat16 || params.grad_dtype == DType::kBFloat16;
+  return !is_half && params.grad_input != params.input;
+}
+
 // What a thread keeps of a row: the exponentials of both sides and of the input at temperature 1,
-// each block's as seen from the maximum so far, and a gradient of floats that will be halves.
+// each block's as seen from the maximum so far, and a gradient that cannot yet be where it will be.
 template <typename S>
 struct Scratch {
   bool keep;
@@ -583,9 +625,7 @@ struct Scratch {
       for (auto* row : {&s_max, &t_max}) row->resize(blocks);
       if (kl) stash.e.resize(params.classes), stash.shift.resize(blocks);
     }
-    if (later_sweep && params.dtype != DType::kFloat32 && params.dtype != DType::kFloat64) {
-      gradient.resize(params.classes);
-    }
+    if (later_sweep && !in_own_row(params)) gradient.resize(params.classes);
   }
 };
 
@@ -603,32 +643,22 @@ struct LogitLossRow {
   Terms<S> terms;
   Scratch<S>& scratch;
 
+  // body(s, t, n, begin), with a null t unless `both`.
   template <typename Body>
-  void blocks(const Body& body) const {
+  void blocks(bool both, const Body& body) const {
     S s_buffer[kBlock], t_buffer[kBlock];
     for (int64_t begin = 0; begin < params.classes; begin += kBlock) {
       const int64_t n = std::min(kBlock, params.classes - begin);
       const S* s = input.block(begin, n, s_buffer);
-      body(s, kSoft ? target.block(begin, n, t_buffer) : s, n, begin);
-    }
-  }
-
-  // Of the input alone.
-  template <typename Body>
-  void input_blocks(const Body& body) const {
-    S buffer[kBlock];
-    for (int64_t begin = 0; begin < params.classes; begin += kBlock) {
-      const int64_t n = std::min(kBlock, params.classes - begin);
-      body(input.block(begin, n, buffer), n, begin);
+      body(s, both ? target.block(begin, n, t_buffer) : nullptr, n, begin);
     }
   }
 
   bool fast_kl_of(FastRow& fast, FastSums& sums, char* gradient) {
     const auto sweep = [&](auto element) {
       using T = decltype(element);
-      constexpr bool kFloats = std::is_same<T, float>::value;
-      scratch.stash.w = kFloats ? reinterpret_cast<float*>(gradient)
-                                : reinterpret_cast<float*>(scratch.gradient.data());
+      scratch.stash.w = reinterpret_cast<float*>(
+          in_own_row(params) ? gradient : reinterpret_cast<char*>(scratch.gradient.data()));
       return fast_kl(static_cast<const T*>(input.data), static_cast<const T*>(target.data),
                      params.classes, fast, sums, scratch.stash);
     };
@@ -649,7 +679,7 @@ struct LogitLossRow {
     char* gradient = params.grad_input == nullptr
                          ? nullptr
                          : static_cast<char*>(params.grad_input) +
-                               r * params.grad_stride * size_of(params.dtype);
+                               r * params.grad_stride * size_of(params.grad_dtype);
     const double temperature =
         input_temperatures ? double(input_temperatures[r]) : params.input_temperature_value;
     const double target_temperature =
@@ -657,6 +687,7 @@ struct LogitLossRow {
     const double scale = row_scales ? double(row_scales[r]) : params.scale;
     const double soft_scale = soft_scales ? double(soft_scales[r]) : params.soft_scale_value;
     const bool raw = params.hard_weight != 0 || params.z_loss != 0;
+    const bool mse = params.logit_mse != 0;
 
     const bool spread = kSoft && params.standardize;
     Spread s_spread, t_spread;
@@ -683,7 +714,7 @@ struct LogitLossRow {
     int raw_squarings = squarings_to(q, raw_factor);
     const int q_squarings = squarings_to(q, unit_factor);
     const int p_squarings = squarings_to(p, p_unit.factor);
-    double live = 0, live_sum = 0;
+    double live = 0, live_sum = 0, gaps = 0;  // gaps are squared
     int64_t s_top = 0, t_top = 0;
     const bool smooth = params.hard_weight != 0 && params.label_smoothing != 0;
     const auto add = [](Sum<S>& sum, const S* x, const S* exps, int squarings, int64_t n, S max,
@@ -710,9 +741,14 @@ struct LogitLossRow {
       if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
     };
     if (is_fast) {
-      if (raw) input_blocks(raw_sweep);
+      if (raw || mse) {
+        blocks(mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
+          if (raw) raw_sweep(s, n, begin);
+          if (mse) gaps += squared_gaps(s, t, n);
+        });
+      }
     } else {
-      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+      blocks(kSoft || mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
         S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
         S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
         S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
@@ -741,6 +777,7 @@ struct LogitLossRow {
         }
         if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
         if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
+        if (mse) gaps += squared_gaps(s, t, n);
       });
     }
     const double s_label = label < 0 ? 0 : double(Source<S>{input.data, input.dtype, -1}.at(label));
@@ -750,9 +787,12 @@ struct LogitLossRow {
     // The label's class against all others.
     double first_part = 0;  // of the loss, before `soft_scale`
     double unit_slope = 0;  // of a normalized divergence: d/dinput = unit_slope (q - onehot)
+    double label_gap = 0;
     bool alone = false;
     if constexpr (kLabel) {
       const double t_label = Source<S>{target.data, target.dtype, -1}.at(label);
+      label_gap = gap(s_label, t_label);
+      gaps += label_gap * label_gap;
       const bool s_alone = q.sum == 0, t_alone = p.sum == 0;
       alone = s_alone || t_alone;
       if (alone) terms.second = 0;
@@ -810,6 +850,7 @@ struct LogitLossRow {
     }
     const double raw_slope = scale * (params.hard_weight + 2 * params.z_loss * lse);
     const double onehot = scale * params.hard_weight * (1 - params.label_smoothing);
+    const double mse_slope = scale * 2 * params.logit_mse / params.classes;
     const double uniform = smooth ? scale * params.hard_weight * params.label_smoothing / live : 0;
     double unit_share = 1;  // of the label in the input's softmax at temperature 1
     // Softmaxes at temperature 1: their weight in the gradient over their sum.
@@ -866,7 +907,7 @@ struct LogitLossRow {
     // Sweep 2.
     const bool wants_moment = temperature_out != nullptr || (spread && gradient != nullptr);
     const bool at_once = !kSlope && !spread;
-    const bool floats = params.dtype == DType::kFloat32 || params.dtype == DType::kFloat64;
+    const bool own_row = in_own_row(params);
     // With standardize: g_j is less level + correction (s_j - about), about the mean.
     double correction = 0, level = 0;
     const double about = spread ? s_spread.mean : 0;
@@ -875,7 +916,7 @@ struct LogitLossRow {
     S work[kBlock];
     const auto row_at = [&](int64_t begin) {
       return gradient == nullptr ? work
-             : floats            ? reinterpret_cast<S*>(gradient) + begin
+             : own_row           ? reinterpret_cast<S*>(gradient) + begin
              : at_once           ? work
                                  : scratch.gradient.data() + begin;
     };
@@ -893,10 +934,12 @@ struct LogitLossRow {
         subtract_line(g, block.s, n, static_cast<S>(correction), middle,
                       static_cast<S>(level + uniform + correction * (middle - about)));
       }
+      if (mse) add_gaps(g, block.s, block.t, n, static_cast<S>(mse_slope));
       if (label >= begin && label < begin + n) {
         if constexpr (kLabel) {
           // Skipped so far: all of it here.
           double at_label = soft_factor * terms.label_slope + unit_slope * (unit_share - 1);
+          if (mse) at_label += mse_slope * label_gap;
           if (s_label > -INFINITY) at_label -= correction * (s_label - about) + level + uniform;
           if (raw_slope != 0) at_label += raw_slope * std::exp(s_label - lse);
           g[label - begin] = static_cast<S>(at_label - onehot);
@@ -904,7 +947,7 @@ struct LogitLossRow {
           g[label - begin] -= static_cast<S>(onehot);
         }
       }
-      store_block(g, n, begin, params.dtype, gradient);
+      if (!own_row) store_block(g, n, begin, params.grad_dtype, gradient);
     };
     double sums[3] = {};  // both entropies, in bits, and the overlap
     if (is_fast) {
@@ -912,21 +955,21 @@ struct LogitLossRow {
         found.loss = fast_sums.loss();
         const double of_w = soft_factor / (fast_sums.S * fast_sums.exp_y());
         const double of_e = of_w * (fast_sums.B / fast_sums.S);
-        input_blocks([&](const S* s, int64_t n, int64_t begin) {
+        blocks(mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
           const float then = scratch.stash.shift[begin / kBlock];
           const double rescale = then == fast.target_shift
                                      ? 1.0
                                      : std::exp2(static_cast<double>(then) - fast.target_shift);
-          S* g = floats ? reinterpret_cast<S*>(gradient) + begin : work;
+          S* g = own_row ? reinterpret_cast<S*>(gradient) + begin : work;
           from_stash(scratch.stash.w + begin, scratch.stash.e.data() + begin, n,
                      static_cast<float>(of_w * rescale), static_cast<float>(of_e * rescale), g);
-          finish(g, Block<S>{s, nullptr, nullptr, nullptr, 0, 0, n}, begin);
+          finish(g, Block<S>{s, t, nullptr, nullptr, 0, 0, n}, begin);
         });
       }
     } else if constexpr (kSoft) {
       const Visit<S> visit = visit_of<kD, S>(wants_moment);
       const S factor = static_cast<S>(kSlope ? 1 : soft_factor);
-      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+      blocks(true, [&](const S* s, const S* t, int64_t n, int64_t begin) {
         const Block<S> block = block_of(s, t, n, begin);
         S* g = row_at(begin);
         visit(terms, block, factor, g, &found);
@@ -980,7 +1023,7 @@ struct LogitLossRow {
     }
     // Sweep 3.
     if (gradient != nullptr && !(kSoft && at_once)) {
-      blocks([&](const S* s, const S* t, int64_t n, int64_t begin) {
+      blocks(kSoft || mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
         const Block<S> block =
             kSoft ? block_of(s, t, n, begin) : Block<S>{s, t, nullptr, nullptr, 0, 0, n};
         S* g = row_at(begin);
@@ -1000,13 +1043,14 @@ struct LogitLossRow {
     } else if constexpr (kSoft) {
       soft = soft_scale == 0 ? 0 : soft_scale * (first_part + loss);
     }
-    if (loss_out != nullptr) loss_out[r] = static_cast<S>(scale * (soft + hard + z));
+    const double squares = mse ? params.logit_mse * gaps / params.classes : 0;
+    if (loss_out != nullptr) loss_out[r] = static_cast<S>(scale * (soft + hard + z + squares));
     if (terms_out != nullptr) {
       const double part = kNormalized ? first_part : first_part * soft_scale;
-      const double values[4] = {soft, hard, z, part};
-      const double statistics[4] = {kLn2 * sums[0], kLn2 * sums[1], sums[2],
-                                    s_top == t_top ? 1.0 : 0.0};
-      for (int k = 0; k < 4; ++k) {
+      const double values[kTerms] = {soft, hard, z, part, squares};
+      const double statistics[kTerms] = {kLn2 * sums[0], kLn2 * sums[1], sums[2],
+                                         s_top == t_top ? 1.0 : 0.0};
+      for (int k = 0; k < kTerms; ++k) {
         terms_out[k * params.rows + r] =
             static_cast<S>(scale * (kStatistics ? statistics[k] : values[k]));
       }
@@ -1017,7 +1061,7 @@ struct LogitLossRow {
 // The first row that holds a label which is no class, or -1.
 template <Divergence kD, typename S>
 int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_row) {
-  const int64_t size = size_of(params.dtype);
+  const int64_t size = size_of(params.dtype), grad_size = size_of(params.grad_dtype);
   const bool needs_label = of_labels(kD) || params.hard_weight != 0;
   constexpr bool kKl = kD == Divergence::kKl;
   Scratch<S> scratch(params, has_slope(kD) || kKl || params.standardize || kD == Divergence::kNone,
@@ -1025,12 +1069,12 @@ int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_ro
   for (int64_t r = begin_row; r < end_row; ++r) {
     if (params.mask != nullptr && params.mask[r] == 0) {
       if (params.loss != nullptr) static_cast<S*>(params.loss)[r] = 0;
-      for (int k = 0; k < 4 && params.terms != nullptr; ++k) {
+      for (int k = 0; k < kTerms && params.terms != nullptr; ++k) {
         static_cast<S*>(params.terms)[k * params.rows + r] = 0;
       }
       if (params.grad_input != nullptr) {
-        std::memset(static_cast<char*>(params.grad_input) + r * params.grad_stride * size, 0,
-                    size * params.classes);
+        std::memset(static_cast<char*>(params.grad_input) + r * params.grad_stride * grad_size, 0,
+                    grad_size * params.classes);
       }
       if (params.grad_input_temperature != nullptr) {
         static_cast<S*>(params.grad_input_temperature)[r] = 0;
@@ -1045,7 +1089,7 @@ int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_ro
     };
     const Source<S> input = row(params.input, params.input_stride);
     const Source<S> target =
-        kD == Divergence::kNone ? input : row(params.target, params.target_stride);
+        params.target == nullptr ? input : row(params.target, params.target_stride);
     LogitLossRow<kD, S> work{
         params,
         input,
@@ -1066,6 +1110,9 @@ constexpr Rows kRows[] = {rows_of<Divergence::kNone, S>, KDK_DIVERGENCES(KDK_ROW
 }  // namespace
 
 void logit_loss(const LogitLossParams& params, int threads) {
+  const bool same = params.grad_dtype == params.dtype;
+  const bool is_narrower = params.dtype == DType::kFloat32 && params.grad_dtype != DType::kFloat64;
+  if (!same && !is_narrower) throw std::invalid_argument("no gradient of that type");
   const auto which = static_cast<size_t>(params.divergence);
   if (which >= std::size(kRows<float>)) throw std::invalid_argument("no such divergence");
   const Rows body = params.dtype == DType::kFloat64 ? kRows<double>[which] : kRows<float>[which];

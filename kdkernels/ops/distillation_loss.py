@@ -1,4 +1,5 @@
-r"""The whole loss of a distillation step: soft term, hard cross-entropy and z-loss, in one pass over the logits.
+r"""The whole loss of a distillation step: soft term, hard cross-entropy, z-loss and logit MSE, in one pass over the
+logits.
 
     hard_weight CE(student, labels) + soft_weight T² D(teacher / T, student / T) + z_loss lse(student)²
         + logit_mse_weight mean_j (student_j − teacher_j)²
@@ -128,7 +129,9 @@ def distillation_loss(
         hard_weight: the cross-entropy's weight; it is taken of the raw logits.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``, over the classes that are not −inf.
         z_loss: weight of the squared log-sum-exp of the student's raw logits (PaLM, arXiv 2204.02311).
-        logit_mse_weight: weight of the mean over the classes of (student − teacher)², of the raw logits.
+        logit_mse_weight: weight of the mean over a row's classes of (student − teacher)², of the raw logits: neither
+            temperature nor ``standardize`` nor ``soft_weight`` has a part in it. A class that is −inf in both counts
+            as equal, one that is so in one only makes the loss infinite.
         ignore_index: a row with this label counts for nothing: neither hard nor soft, nor in the denominator.
         alpha: of "dkd" (1) and of the skewed KLs (0.1).
         beta: of "dkd" (8) and of "jsd" (0.5).
@@ -143,9 +146,9 @@ def distillation_loss(
         valid_classes: the student's classes that there are: the first n, or (start, stop). The others (padding of a
             vocabulary) carry no mass and get no gradient. The teacher's too, unless ``teacher_valid_classes`` is given;
             the two must be equally long.
-        return_terms: also give the parts: a dict with "soft", "hard", "z_loss", "logit_mse" (they add up to the loss) and, of
-            "soft", "target" and "non_target" for "dkd" and "nkd". Detached, weighted and reduced like the loss; they
-            come from the same pass.
+        return_terms: also give the parts: a dict with "soft", "hard", "z_loss", "logit_mse" (they add up to the loss)
+            and, of "soft", "target" and "non_target" for "dkd" and "nkd". Detached, weighted and reduced like the loss;
+            they come from the same pass.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best that is available. A named one is obeyed
             or raises.
 

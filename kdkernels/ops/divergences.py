@@ -32,7 +32,7 @@ SPREAD_EPS = 1e-7  # added to the standard deviation (LSKD, arXiv 2403.01427)
 
 
 class Spec(NamedTuple):
-    """One loss of the family: soft_weight (T² if squared) D(P, Q) + hard_weight CE + z_loss lse²."""
+    """One loss of the family: soft_weight (T² if squared) D(P, Q) + hard_weight CE + z_loss lse² + logit_mse MSE."""
 
     divergence: int = KL
     first: float = 1.0
@@ -46,8 +46,12 @@ class Spec(NamedTuple):
     z_loss: float = 0.0
     logit_mse: float = 0.0
 
+    @property
+    def reads_target(self) -> bool:
+        return self.divergence != NONE or self.logit_mse != 0
+
     def exchanged(self) -> Spec:
-        """The same soft term seen from the teacher: the two sides exchanged, and nothing else."""
+        """What there is of the teacher, seen from its side: the soft term with the sides exchanged, and the MSE."""
         divergence = {
             KL: REVERSE_KL,
             REVERSE_KL: KL,
@@ -210,6 +214,12 @@ def hard_rows(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor
         live = student > -torch.inf
         hard = hard - label_smoothing * torch.where(live, student, 0).sum(-1) / live.sum(-1)
     return hard
+
+
+def mse_rows(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference of the logits as they are; 0 at a class that is −inf in both."""
+    masked = (student == -torch.inf) & (teacher == -torch.inf)
+    return torch.where(masked, 0, student - teacher).square().mean(-1)
 
 
 def statistics_rows(

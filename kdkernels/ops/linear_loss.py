@@ -47,7 +47,7 @@ from kdkernels.ops.divergences import (
     TOTAL_VARIATION,
     Spec,
 )
-from kdkernels.ops.logit_loss import TERMS, fill_logit_loss, logit_loss_reference
+from kdkernels.ops.logit_loss import TERMS, logit_loss_reference, run_logit_loss_kernels
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -405,7 +405,9 @@ def _run_chunk(
             _put(gradients[3], rows, of_log_probs)
     else:
         filled = (pieces[0], pieces[1], grad, grad_teacher, pieces[2], pieces[3])
-        fill_logit_loss(filled, student, teacher, *shared, call.spec, call.backend)
+        run_logit_loss_kernels(
+            filled, student, teacher, *shared, call.spec, 0, 0, call.classes, call.backend
+        )
     for whole, part in zip(outs, pieces):
         if part is not whole and not (isinstance(rows, slice) and part is not None and part.dim() == 1):
             if whole is not None and whole.dim() == 2:
@@ -559,8 +561,23 @@ def _fill_topk(
         if cap_needs:  # the logits are read once more
             in_place = torch.empty_like(student)
         nothing = (loss, terms, in_place, None, None, None)
-        fill_logit_loss(
-            nothing, student, None, labels, None, None, 1.0, 1.0, row_scale, row_scale_value, mask, rest, call.backend
+        run_logit_loss_kernels(
+            nothing,
+            student,
+            None,
+            labels,
+            None,
+            None,
+            1.0,
+            1.0,
+            row_scale,
+            row_scale_value,
+            mask,
+            rest,
+            0,
+            0,
+            call.classes,
+            call.backend,
         )
         if wanted is not None:
             wanted.add_(in_place)

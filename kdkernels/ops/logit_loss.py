@@ -1,8 +1,8 @@
 r"""The family of losses from two rows of logits, as one registered op: a soft term against the teacher, hard
-cross-entropy and z-loss in one read of both logits and one write of one gradient. The public losses (jsd, dkd,
-distillation_loss, ...) are calls of `logit_loss` with a `Spec`; kdkernels.ops.divergences has their formulas.
+cross-entropy, z-loss and logit MSE in one read of both logits and one write of one gradient. The public losses (jsd,
+dkd, distillation_loss, ...) are calls of `logit_loss` with a `Spec`; kdkernels.ops.divergences has their formulas.
 
-    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)²
+    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)² + logit_mse mean (student − teacher)²
     loss = the rows times their weights, reduced over those that count
 
 A row counts where the mask is True and its label is not `ignore_index`.
@@ -37,6 +37,7 @@ from kdkernels.ops.divergences import (
     REVERSE_NORMALIZED,
     Spec,
     hard_rows,
+    mse_rows,
     soft_rows,
 )
 from kdkernels.ops.rows import (
@@ -73,7 +74,7 @@ def logit_loss_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification of the family: (loss, terms), in plain PyTorch, on any device, with any derivative.
 
-    The terms are (4,), or (4, rows) where nothing is reduced: the parts of the loss in the order of TERMS, "target"
+    The terms are (5,), or (5, rows) where nothing is reduced: the parts of the loss in the order of TERMS, "target"
     being the part of "soft" with the factor `first`.
     """
     dtype = statistics_dtype(student.dtype)
@@ -85,21 +86,20 @@ def logit_loss_reference(
     if labels is not None:
         wrong = (labels < 0) | (labels >= student.shape[-1])
         labels = torch.where(wrong, 0, labels)
-    student = student.to(dtype)
+    student, teacher = student.to(dtype), None if teacher is None else teacher.to(dtype)
     # Zeros that have a graph, whatever is switched off.
-    soft = first = hard = z = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(-1)
+    soft = first = hard = z = mse = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(-1)
     if spec.divergence != NONE:
         assert teacher is not None
-        soft, first = soft_rows(student, teacher.to(dtype), labels, temperature, teacher_temperature, spec)
+        soft, first = soft_rows(student, teacher, labels, temperature, teacher_temperature, spec)
     if spec.hard_weight:
         assert labels is not None
         hard = spec.hard_weight * hard_rows(student, labels, spec.label_smoothing)
     if spec.z_loss:
         z = spec.z_loss * torch.logsumexp(student, -1).square()
-    mse = torch.zeros_like(soft)
     if spec.logit_mse:
-        d = student - teacher.to(dtype)
-        mse = spec.logit_mse * d.square().mean(-1)
+        assert teacher is not None
+        mse = spec.logit_mse * mse_rows(student, teacher)
     terms = torch.stack((soft, hard, z, first, mse))
     each = soft + hard + z + mse
     if wrong is not None:
@@ -112,11 +112,11 @@ _INPUTS = (
     "Tensor input, Tensor? target, Tensor? labels, Tensor? input_temperature, Tensor? target_temperature, "
     "float input_temperature_value, float target_temperature_value, Tensor? row_scale, float scale, Tensor? mask, "
     "int divergence, float first, float second, float mix, bool standardize, float soft_weight, bool squared, "
-    "float hard_weight, float label_smoothing, float z_loss, float logit_mse, int start, int target_start, int classes, "
-    "bool with_terms, bool[] needs, str backend"
+    "float hard_weight, float label_smoothing, float z_loss, float logit_mse, int start, int target_start, "
+    "int classes, bool with_terms, bool[] needs, str backend"
 )
 # Both give the gradients that `needs` asks for, in the order input, target, input_temperature, target_temperature;
-# the first gives the rows' losses before them, and their terms (4, M) where asked. All are times row_scale (or
+# the first gives the rows' losses before them, and their terms (5, M) where asked. All are times row_scale (or
 # scale). `classes` from `start` (`target_start`) on are what there is of a row: the others have gradient 0.
 LIBRARY.define(f"logit_loss_fwd({_INPUTS}) -> Tensor[]")
 LIBRARY.define(f"logit_loss_bwd({_INPUTS}) -> Tensor[]")
@@ -128,7 +128,7 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
     dtype = statistics_dtype(input.dtype)
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
-        torch.zeros(5, rows, dtype=dtype, device=input.device) if with_loss and with_terms else None,
+        torch.empty(len(TERMS), rows, dtype=dtype, device=input.device) if with_loss and with_terms else None,
         torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
         torch.empty_like(target, memory_format=torch.contiguous_format) if needs[1] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
@@ -138,65 +138,75 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(with_loss, arguments)
-    input, target, labels, *temperatures, row_scale, scale, mask = arguments[:10]
-    spec, (start, target_start, classes, _, needs, backend) = Spec(*arguments[10:21]), arguments[21:]
-    loss, terms, grad_input, grad_target, grad_temperature, grad_target_temperature = outputs
-    rows = input.shape[0]
-    if rows:
-        # T² has a derivative too, and it is made of the terms.
-        if spec.squared and needs[2] and terms is None:
-            terms = torch.empty(5, rows, dtype=statistics_dtype(input.dtype), device=input.device)
-        soft_scale, soft_scale_value = None, spec.soft_weight
-        if spec.squared:
-            if temperatures[0] is None:
-                soft_scale_value *= temperatures[2] ** 2
-            else:
-                soft_scale = temperatures[0] * temperatures[0]
-                if spec.soft_weight != 1:
-                    soft_scale *= spec.soft_weight
-        kernel = launcher(backend, "logit_loss")
-        input, grad_input = _within(input, grad_input, start, classes)
-        if target is not None:
-            target, grad_target = _within(target, grad_target, target_start, classes)
-        shared = (soft_scale, soft_scale_value, row_scale, scale, mask)
-        if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
-            options = (*spec[:5], *spec[7:10])
-            kernel(
-                input,
-                target,
-                labels,
-                *temperatures,
-                *shared,
-                *options,
-                loss,
-                terms,
-                grad_input,
-                grad_temperature,
-            )
-        if grad_target is not None or grad_target_temperature is not None:
-            sides = [temperatures[i] for i in (1, 0, 3, 2)]
-            exchanged = spec.exchanged()
-            options = (*exchanged[:5], *exchanged[7:10])
-            found = (None, None, grad_target, grad_target_temperature)
-            kernel(target, input, labels, *sides, *shared, *options, *found)
-        if spec.squared and grad_temperature is not None:
-            assert terms is not None
-            of_square = (
-                terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
-            )
-            grad_temperature.add_(of_square / temperatures[0], alpha=2)
+    spec, (*ranges, _, _, backend) = Spec(*arguments[10:21]), arguments[21:]
+    run_logit_loss_kernels(outputs, *arguments[:10], spec, *ranges, backend)
     return [output for output in outputs if output is not None]
 
 
-def fill_logit_loss(outputs, student, teacher, labels, tq, tp, tqv, tpv, row_scale, scale, mask, spec, backend):
-    loss, terms, g, gt, gT, gTt = outputs
-    o = run_logit_loss(True, student.clone(), teacher, labels, tq, tp, tqv, tpv, row_scale, scale, mask, *spec, 0, 0, student.shape[1], True, [g is not None, gt is not None, gT is not None, gTt is not None], backend)
-    l, t, *rest = o
-    if loss is not None: loss.copy_(l)
-    if terms is not None: terms.copy_(t)
-    it = iter(rest)
-    for x in (g, gt, gT, gTt):
-        if x is not None: x.copy_(next(it))
+def run_logit_loss_kernels(
+    outputs: Sequence[Tensor | None],
+    input: Tensor,  # (M, N_s)
+    target: Tensor | None,  # (M, N_t)
+    labels: Tensor | None,  # (M,)
+    input_temperature: Tensor | None,  # (M,)
+    target_temperature: Tensor | None,  # (M,)
+    input_temperature_value: float,
+    target_temperature_value: float,
+    row_scale: Tensor | None,  # (M,)
+    scale: float,
+    mask: Tensor | None,  # (M,)
+    spec: Spec,
+    start: int,
+    target_start: int,
+    classes: int,
+    backend: str,
+) -> None:
+    """Fills those of `outputs` that are tensors: loss, terms, grad_input, grad_target, grad_temperature and
+    grad_target_temperature, shaped as `_outputs` makes them.
+
+    A gradient of float32 logits may be float16 or bfloat16. It may also take the place of the logits: `grad_target` is
+    `target`, or `grad_input` is `input` where nothing is wanted of the target's side, which is computed last.
+    """
+    loss, terms, grad_input, grad_target, grad_temperature, grad_target_temperature = outputs
+    temperatures = (
+        input_temperature,
+        target_temperature,
+        input_temperature_value,
+        target_temperature_value,
+    )
+    rows = input.shape[0]
+    if not rows:
+        return
+    # T² has a derivative too, and it is made of the terms.
+    if spec.squared and grad_temperature is not None and terms is None:
+        terms = torch.empty(len(TERMS), rows, dtype=grad_temperature.dtype, device=input.device)
+    soft_scale, soft_scale_value = None, spec.soft_weight
+    if spec.squared:
+        if input_temperature is None:
+            soft_scale_value *= input_temperature_value**2
+        else:
+            soft_scale = input_temperature * input_temperature
+            if spec.soft_weight != 1:
+                soft_scale *= spec.soft_weight
+    kernel = launcher(backend, "logit_loss")
+    input, grad_input = _within(input, grad_input, start, classes)
+    if target is not None:
+        target, grad_target = _within(target, grad_target, target_start, classes)
+    shared = (soft_scale, soft_scale_value, row_scale, scale, mask)
+    if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
+        options = (*spec[:5], *spec[7:])
+        found = (loss, terms, grad_input, grad_temperature)
+        kernel(input, target, labels, *temperatures, *shared, *options, *found)
+    if grad_target is not None or grad_target_temperature is not None:
+        sides = [temperatures[i] for i in (1, 0, 3, 2)]
+        exchanged = spec.exchanged()
+        options = (*exchanged[:5], *exchanged[7:])
+        found = (None, None, grad_target, grad_target_temperature)
+        kernel(target, input, labels, *sides, *shared, *options, *found)
+    if spec.squared and grad_temperature is not None:
+        assert terms is not None
+        of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
+        grad_temperature.add_(of_square / input_temperature, alpha=2)
 
 
 def _within(x: Tensor, grad: Tensor | None, start: int, classes: int) -> tuple[Tensor, Tensor | None]:
@@ -373,7 +383,7 @@ def logit_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, terms) of the family member that `spec` describes; the public losses name and explain the arguments."""
     ranges = check_logits(student, teacher, valid_classes, teacher_valid_classes)
-    if teacher is None and spec.divergence != NONE:
+    if teacher is None and spec.reads_target:
         refuse_logits(student, teacher)
     check_reduction(reduction)
     backend = resolve(backend, student, "student")
@@ -415,7 +425,7 @@ def logit_loss(
         return loss, every if with_terms else None
 
     input = as_matrix(student)
-    target = None if teacher is None or spec.divergence == NONE else as_matrix(teacher)
+    target = None if teacher is None or not spec.reads_target else as_matrix(teacher)
     temperature, teacher_temperature = as_vector(temperature), as_vector(teacher_temperature)
     labels, mask, weights = as_vector(labels), as_vector(mask), as_vector(weights)
     terms: Tensor | None
@@ -460,7 +470,7 @@ def logit_loss(
             terms = None if terms is None else terms.sum(1)
     if reduction == "none":
         loss = loss.view(shape)
-        terms = None if terms is None else terms.view(5, *shape)
+        terms = None if terms is None else terms.view(len(TERMS), *shape)
     return loss, terms
 
 
