@@ -508,7 +508,7 @@ def _backproject(
             part = of_bias.narrow(0, start, classes)
             part.copy_(total) if first else part.add_(total)
         if of_scale is not None and bias is not None:
-            of_scale += (total * bias).sum()
+            of_scale += torch.where(total == 0, 0, total * bias).sum()  # a class of no mass has −inf here
 
 
 def _fill_topk(
@@ -609,7 +609,10 @@ def projected(
 ) -> Tensor:
     """A side's logits in `dtype`: cap tanh(scale (x Wᵀ + b) / cap)."""
     logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    if isinstance(scale, Tensor) or scale != 1:
+    if isinstance(scale, Tensor):  # −inf stays, and has no part in the scale's gradient
+        live = logits != -torch.inf
+        logits = torch.where(live, torch.where(live, logits, 0) * scale, logits)
+    elif scale != 1:
         logits = logits * scale
     return cap * torch.tanh(logits / cap) if cap else logits
 
