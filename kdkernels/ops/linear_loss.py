@@ -659,12 +659,16 @@ def linear_loss_reference(
     cap, teacher_cap = options.caps
     if options.tied:
         teacher_weight, teacher_bias, teacher_start = weight, bias, start
-    s = projected(student, weight, bias, scale, cap, dtype)[..., start : start + classes]
+
+    def head(x: Tensor | None, start: int) -> Any:  # the classes that there are
+        return None if x is None else x[start : start + classes]
+
+    s = projected(student, head(weight, start), head(bias, start), scale, cap, dtype)
     t = None
     if options.kind == HIDDEN:
         assert teacher is not None and teacher_weight is not None
-        t = projected(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_cap, dtype)
-        t = t[..., teacher_start : teacher_start + classes]
+        teacher_head = (head(teacher_weight, teacher_start), head(teacher_bias, teacher_start))
+        t = projected(teacher, *teacher_head, teacher_scale, teacher_cap, dtype)
     elif options.kind == LOGITS:
         assert teacher is not None
         t = teacher[..., teacher_start : teacher_start + classes].to(dtype)
