@@ -117,6 +117,7 @@ def plan_linear_loss(
         step, most = 16, max(16, budget // (2 * itemsize * classes))
     else:
         step, most = 128, max(128, cores * 8 * 128 * 128 // classes)
+    most = most // step * step
     chunks = max(1, -(-rows // most))
     each = -(-rows // chunks)
     return Plan("chunks", max(1, min(rows, -(-each // step) * step)))
