@@ -959,7 +959,13 @@ def linear_loss(
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in (*tensors, *numbers, weights)
         ):
-            loss, terms = _LinearLoss.apply(*tensors, *numbers, weights, indices, labels, mask, options)
+            inputs = (*tensors, *numbers, weights)
+            if torch.compiler.is_compiling():  # which takes no tensor twice
+                inputs = tuple(
+                    x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in inputs[:i]) else x
+                    for i, x in enumerate(inputs)
+                )
+            loss, terms = _LinearLoss.apply(*inputs, indices, labels, mask, options)
         else:
             scales = scale_of_rows(weights, mask, reduction, tensors[0].shape[0], dtype)
             call = _call(tensors, numbers, indices, labels, mask, *scales, options, NOTHING)
