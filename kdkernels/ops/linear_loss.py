@@ -889,7 +889,7 @@ def linear_loss(
     check_reduction(reduction)
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    chunk_rows = _check_strategy(strategy, chunk_rows)
+    chunk_rows = check_chunks(strategy, chunk_rows)
     backend = resolve(backend, student, "student")
     shape, dtype = student.shape[:-1], statistics_dtype(student.dtype)
     temperature, teacher_temperature = check_temperatures(temperature, teacher_temperature, student, dtype)
@@ -1125,7 +1125,7 @@ def _ranges(
     return start, teacher_start, stop - start
 
 
-def _check_strategy(strategy: str | None, chunk_rows: int | None) -> int:
+def check_chunks(strategy: str | None, chunk_rows: int | None) -> int:
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be None or one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if chunk_rows is None:
