@@ -922,7 +922,7 @@ def linear_loss(
     options = Options(
         spec, kind, tied, TAILS.index(tail), caps, ranges, reduction, chunk_rows, with_terms, backend
     )
-    if tied:
+    if tied or kind != HIDDEN:
         teacher_weight = teacher_bias = None
     numbers = (temperature, teacher_temperature, scale, teacher_scale)
 
