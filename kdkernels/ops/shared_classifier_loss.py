@@ -148,9 +148,13 @@ def shared_classifier_loss(
         assert features is not None
         if projector_weight is not None and counts is not None:  # whatever a sample holds that does not count
             student = torch.where(counts.view(-1, *[1] * (student.dim() - 1)), student, 0)
-        student, features = _same_size(project(student, projector_weight, projector_bias), features)
+        student = project(student, projector_weight, projector_bias)
         _check_widths(student, features)
-        pooled, pooled_teacher, of_features = pool_mse(student, features, mask=counts, backend=backend)
+        maps = _same_size(student, features)
+        pooled, pooled_teacher, of_features = pool_mse(*maps, mask=counts, backend=backend)
+        # Only the comparison is at one size. (Where bins overlap, a map and its smaller self differ in their mean.)
+        pooled = pooled if maps[0] is student else _pool(student, counts)
+        pooled_teacher = pooled_teacher if maps[1] is features else _pool(features, counts)
     else:
         pooled = project(_pool(student, counts), projector_weight, projector_bias)
         pooled_teacher = None if features is None else _pool(features, counts)
