@@ -122,11 +122,12 @@ def shared_classifier_loss(
     )
     statistics = teacher if isinstance(teacher, TeacherStatistics) else None
     features = teacher if statistics is None else statistics.features
-    if features is None and feature_mse_weight:
+    if statistics is not None and features is None and feature_mse_weight:
         raise ValueError("teacher must hold its features (keep_features=True) where feature_mse_weight is not 0")
     _check_features(student, "student")
-    if features is not None:
+    if statistics is None or features is not None:
         _check_features(features, "teacher")
+        assert features is not None
         if features.shape[0] != student.shape[0]:
             raise ValueError(f"teacher must have the student's {student.shape[0]} samples, got {features.shape[0]}")
         if features.dtype != student.dtype:
