@@ -1553,6 +1553,26 @@ def test_bad_input(number):
             linear_kl_div(**{**arguments, **changes})
 
 
+def test_a_teacher_that_is_not_looked_at(backend):
+    """soft_weight 0: it may be anything, and has no gradient, or one of 0."""
+    a = leaves(to(device_of(backend), batch((4,), 9, **HARD)))
+    none = {k: v for k, v in a.items() if not k.startswith("teacher")}
+    plain = linear_distillation_loss(**none, soft_weight=0.0, backend=backend)
+    for weight in (a["teacher_weight"], a["student_weight"]):
+        known = {**a, "teacher_weight": weight, "teacher": a["teacher"]}
+        loss = linear_distillation_loss(**known, soft_weight=0.0, chunk_rows=3, backend=backend)
+        torch.testing.assert_close(loss, plain)
+        for x in a.values():
+            if isinstance(x, Tensor):
+                x.grad = None
+        loss.backward()
+        for name in ("teacher", "teacher_bias", "teacher_weight"):
+            assert a[name].grad is None or (a[name].grad == 0).all(), name
+        (expected,) = torch.autograd.grad(plain, a["student_weight"], retain_graph=True)
+        torch.testing.assert_close(a["student_weight"].grad, expected)
+        assert (expected != 0).any()
+
+
 def test_a_wrong_label_is_named(backend):
     a = to(device_of(backend), batch((3,), 9, **HARD))
     for wrong in (9, -1):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import device_of
-from testing import leaves, run, three, to
+from testing import EPS32, leaves, run, three, to
 from torch import Tensor
 
 import kdkernels
@@ -136,20 +136,27 @@ def equal(backend: str, arguments: dict[str, Any], wanted: tuple[str, ...] = NAM
     Allowed is twice what the reference loses in the same dtype, one rounding, and 8 eps32 of the whole.
     """
     arguments = {**arguments, **options}
-    truth, reference, got, upstream = three(shared_classifier_loss, backend, arguments, wanted=wanted)
+    rows = arguments["student"].shape[:1]
+    truth, reference, got, upstream = three(
+        shared_classifier_loss, backend, arguments, wanted=wanted, rows=rows
+    )
     formula, of_formula = run(eager, arguments, upstream, torch.float64, wanted)
     torch.testing.assert_close(truth[0], formula, rtol=1e-9, atol=1e-12)
-    rows = {"loss": (got[0], formula, reference[0])}
+    found_of = {"loss": (got[0], formula, reference[0])}
     assert got[1].keys() == of_formula.keys() and of_formula
     for name, true in of_formula.items():
         torch.testing.assert_close(truth[1][name], true, rtol=1e-8, atol=1e-11)
         assert true.norm() > 1e-4, f"{name}: these data would let a result of zero pass"
-        rows[name] = (got[1][name], true, reference[1][name])
-    for name, (found, true, own) in rows.items():
+        found_of[name] = (got[1][name], true, reference[1][name])
+    largest = (
+        F.linear(pooled(arguments["teacher"]), arguments["weight"], arguments["bias"]).abs().max().item()
+    )
+    for name, (found, true, own) in found_of.items():
         eps = torch.finfo(found.dtype).eps
         assert found.dtype == own.dtype and found.shape == true.shape
-        # Sums of terms of either sign: their size is that of the larger side's.
-        allowed = 2 * (own.double() - true).norm() + (2 * eps + 64 * 1.2e-7) * true.norm()
+        allowed = 2 * (own.double() - true).norm() + (2 * eps + 64 * EPS32) * true.norm()
+        if name == "temperature":  # a sum of terms of either sign
+            allowed = allowed + 8 * EPS32 * largest**2
         assert (found.double() - true).norm() <= allowed, name
 
 
@@ -472,12 +479,12 @@ def test_module(backend):
 MAPS, P = torch.randn(3, 4, 2, 2), torch.randn(5, 4)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student": 1}, TypeError, "student must be a floating tensor of features, got 1"),
-    ({"student": torch.ones(3, 4).long()}, TypeError, "student must be a floating tensor of features, got a torch.int64"),
+    ({"student": torch.ones(3, 4).long()}, TypeError, "student must be a floating tensor of features, got a"),
     ({"student": torch.randn(3)}, ValueError, r"student must have shape \(B, D\) or \(B, C, ...\), got \(3,\)"),
-    ({"teacher": None}, (TypeError, ValueError), "teacher must be"),
+    ({"teacher": None}, TypeError, "teacher must be a floating tensor of features, got None"),
     ({"teacher": torch.randn(3)}, ValueError, r"teacher must have shape \(B, D\) or \(B, C, ...\), got \(3,\)"),
     ({"teacher": torch.randn(2, 4)}, ValueError, "teacher must have the student's 3 samples, got 2"),
-    ({"teacher": torch.randn(3, 4).half()}, TypeError, "teacher must have the student's dtype torch.float32, got torch.float16"),
+    ({"teacher": torch.randn(3, 4).half()}, TypeError, "teacher must have the student's dtype .*32, got .*16"),
     ({"weight": torch.randn(6, 5)}, ValueError, r"weight must have shape \(N, D\) with D = 4.*got \(6, 5\)"),
     ({"weight": torch.randn(6, 4).half()}, TypeError, "weight must have the dtype torch.float32"),
     ({"bias": torch.randn(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
@@ -487,7 +494,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": torch.tensor([0, 6, 1])}, ValueError, "labels must be .*got 6"),
     ({"projector_bias": torch.randn(4)}, TypeError, "projector_bias must be None where projector_weight is"),
     ({"projector_weight": torch.randn(4, 3)}, ValueError, r"projector_weight must have shape .* D = 4.*got \(4, 3\)"),
-    ({"projector_weight": torch.randn(4, 4), "projector_bias": torch.randn(3)}, ValueError, r"projector_bias must have shape \(4,\), got \(3,\)"),
+    (
+        {"projector_weight": torch.randn(4, 4), "projector_bias": torch.randn(3)},
+        ValueError,
+        r"projector_bias must have shape \(4,\), got \(3,\)",
+    ),
     ({"projector_weight": torch.randn(4, 4).half()}, TypeError, "projector_weight must have the dtype torch.float32"),
     ({"projector_weight": P}, ValueError, "student must have the teacher's 4 features for a feature MSE, got 5"),
     ({"soft": "hinge"}, ValueError, "soft must be one of kl"),
@@ -497,7 +508,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
     ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
     ({"feature_match": "both"}, ValueError, "feature_match must be None or one of map, pooled, got 'both'"),
-    ({"feature_match": "map"}, ValueError, "feature_match must be 'pooled' or None where student and teacher are not both maps"),
+    ({"feature_match": "map"}, ValueError, "feature_match must be 'pooled' or None where student and"),
     ({"student": MAPS, "teacher": torch.randn(3, 4, 3)}, ValueError, "as many spatial dimensions"),
     ({"mask": torch.ones(3)}, TypeError, "mask must be a bool tensor, got a torch.float32"),
     ({"mask": torch.ones(2) > 0}, ValueError, "mask must broadcast to the rows"),

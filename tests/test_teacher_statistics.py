@@ -204,14 +204,15 @@ def test_a_sure_teacher_does_not_cancel(backend):
     """p − e_r is small where p is nearly one-hot, and is kept as such."""
     dtype = torch.float32
     a = shared_head(dtype=dtype, temperature=T)
-    a["student_bias"] = a["student_bias"] + 40 * F.one_hot(torch.tensor(4), 31)
+    a["student_bias"] = a["student_bias"] + 30 * F.one_hot(torch.tensor(4), 31)
     a = to(device_of(backend), a)
     double = {k: v.double().cpu() if isinstance(v, Tensor) else v for k, v in a.items()}
     truth, true_gradient = step(linear_kl_div, full_form(double), backend="reference")
     kept = keep(a)
     loss, gradient = step(linear_kl_div, {**a, "teacher": kept}, backend=backend)
-    assert 0 < truth < 1e-2
-    assert abs(loss.item() / truth.item() - 1) < 1e-3
+    logit = F.linear(double["student"], double["student_weight"], double["student_bias"]).abs().max() / T
+    assert 1e-3 < truth < 5e-2
+    assert abs(loss.item() - truth.item()) < 8 * EPS32 * logit
     assert (gradient.cpu().double() - true_gradient).norm() < 1e-3 * true_gradient.norm()
     torch.testing.assert_close(kept.direction.cpu().double(), keep(double).direction, rtol=1e-3, atol=1e-9)
 

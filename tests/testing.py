@@ -99,11 +99,15 @@ def three(
     *,
     seed: int = 0,
     wanted: Sequence[str] = NAMES,
+    rows: tuple[int, ...] | None = None,
 ) -> tuple[Found, Found, Found, Tensor]:
-    """The float64 reference, the reference in the arguments' dtypes, the backend; and their upstream gradient."""
+    """The float64 reference, the reference in the arguments' dtypes, the backend; and their upstream gradient.
+
+    `rows` is the shape of the rows' losses, where it is not the student's without its last dimension.
+    """
     student = arguments["student"]
-    reduction = arguments.get("reduction", "batchmean")
-    shape = student.shape[:-1] if reduction == "none" else ()
+    rows = student.shape[:-1] if rows is None else rows
+    shape = rows if arguments.get("reduction", "batchmean") == "none" else ()
     upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     upstream = upstream.float()  # a number that both dtypes hold
     statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
