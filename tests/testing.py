@@ -15,12 +15,19 @@ EPS32 = torch.finfo(torch.float32).eps
 NAMES = ("student", "teacher", "temperature", "teacher_temperature", "weights")
 
 
-def assert_near(got: Tensor, truth: Tensor, reference: Tensor, magnitude: float, what: str) -> None:
+def assert_near(
+    got: Tensor,
+    truth: Tensor,
+    reference: Tensor,
+    magnitude: float,
+    what: str,
+    halves: Tensor | float = 0.0,
+) -> None:
     """`got` against the float64 `truth`, without a hand-tuned number.
 
     Allowed is twice the error of the `reference` in the same dtype, one rounding of the output, and 8 eps of
     `magnitude`: how large the values are that the op's arithmetic goes through (eps of float32, or of float64
-    where that is the dtype).
+    where that is the dtype). `halves` is what roundings to half precision inside the op may add.
     """
     assert got.shape == truth.shape and got.dtype == reference.dtype, f"{what}: {got.shape}, {got.dtype}"
     finite = torch.isfinite(truth)
@@ -30,17 +37,20 @@ def assert_near(got: Tensor, truth: Tensor, reference: Tensor, magnitude: float,
     )
     information = torch.finfo(got.dtype)
     own = information.eps if got.dtype == torch.float64 else EPS32
+    halves = halves[finite] if isinstance(halves, Tensor) else halves
     got, truth, reference = got.double()[finite], truth[finite], reference.double()[finite]
     rounding = information.eps * truth.abs() + information.smallest_normal * information.eps
-    allowed = 2 * (reference - truth).abs().nan_to_num(0, 0, 0) + rounding + 8 * own * magnitude
+    allowed = 2 * (reference - truth).abs().nan_to_num(0, 0, 0) + rounding + 8 * own * magnitude + halves
     worst = ((got - truth).abs() / allowed).max().item() if truth.numel() else 0.0
     assert worst <= 1, f"{what}: error {worst:.2f} of what is allowed"
 
 
-def assert_not_vacuous(truth: Tensor, reference: Tensor, magnitude: float) -> None:
+def assert_not_vacuous(
+    truth: Tensor, reference: Tensor, magnitude: float, halves: Tensor | float = 0.0
+) -> None:
     """Zeros in place of `truth` would not pass `assert_near`."""
     try:
-        assert_near(torch.zeros_like(reference), truth, reference, magnitude, "zeros")
+        assert_near(torch.zeros_like(reference), truth, reference, magnitude, "zeros", halves)
     except AssertionError:
         return
     raise AssertionError("these data would let a result of zero pass")
@@ -57,6 +67,10 @@ def leaves(arguments: dict, dtype: torch.dtype | None = None) -> dict:
     return out
 
 
+def to(device: str, arguments: dict) -> dict:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
 def run(
     function: Callable[..., Tensor],
     arguments: dict,
@@ -66,13 +80,40 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and its gradients by name where `wanted`, of arguments that are cast to `dtype` if given."""
     arguments = leaves(arguments, dtype)
-    names = [name for name in NAMES if name in wanted and isinstance(arguments.get(name), Tensor)]
+    names = [name for name in wanted if isinstance(arguments.get(name), Tensor)]
     for name in set(arguments).difference(names):
         if isinstance(arguments[name], Tensor):
             arguments[name].requires_grad_(False)
     loss = function(**arguments)
     gradients = torch.autograd.grad(loss, [arguments[name] for name in names], upstream)
     return loss.detach(), dict(zip(names, gradients))
+
+
+Found = tuple[Tensor, dict[str, Tensor]]  # a loss, and its gradients by name
+
+
+def three(
+    function: Callable[..., Tensor],
+    backend: str,
+    arguments: dict,
+    *,
+    seed: int = 0,
+    wanted: Sequence[str] = NAMES,
+) -> tuple[Found, Found, Found, Tensor]:
+    """The float64 reference, the reference in the arguments' dtypes, the backend; and their upstream gradient."""
+    student = arguments["student"]
+    reduction = arguments.get("reduction", "batchmean")
+    shape = student.shape[:-1] if reduction == "none" else ()
+    upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    upstream = upstream.float()  # a number that both dtypes hold
+    statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
+    specification = partial(function, backend="reference")
+    truth = run(specification, arguments, upstream.double(), torch.float64, wanted)
+    reference = run(specification, arguments, upstream.to(statistics), None, wanted)
+    device = device_of(backend)
+    moved, there = to(device, arguments), upstream.to(statistics).to(device)
+    loss, gradients = run(partial(function, backend=backend), moved, there, None, wanted)
+    return truth, reference, (loss.cpu(), {k: x.cpu() for k, x in gradients.items()}), upstream.double()
 
 
 def compare(
@@ -89,21 +130,10 @@ def compare(
 
     `factor` is what the loss has for factors: of its parts, and T² where it multiplies by that.
     """
-    student = arguments["student"]
-    reduction = arguments.get("reduction", "batchmean")
-    rows = student.shape[:-1]
-    shape = rows if reduction == "none" else ()
-    upstream = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    upstream = upstream.float()  # a number that both dtypes hold
-    statistics = torch.float64 if student.dtype == torch.float64 else torch.float32
-    specification = partial(function, backend="reference")
-    truth, true_gradients = run(specification, arguments, upstream.double(), torch.float64, wanted)
-    reference, reference_gradients = run(specification, arguments, upstream.to(statistics), None, wanted)
-    device = device_of(backend)
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    got, gradients = run(
-        partial(function, backend=backend), moved, upstream.to(statistics).to(device), None, wanted
+    (truth, true_gradients), (reference, reference_gradients), (got, gradients), _ = three(
+        function, backend, arguments, seed=seed, wanted=wanted
     )
+    reduction, rows = arguments.get("reduction", "batchmean"), arguments["student"].shape[:-1]
 
     def smallest(name: str) -> float:
         t = arguments.get(name)
@@ -130,9 +160,9 @@ def compare(
         "teacher_temperature": each * logit * logit / temperature * summed,
         "weights": each * logit,
     }
-    assert_near(got.cpu(), truth, reference, magnitudes["loss"], "loss")
+    assert_near(got, truth, reference, magnitudes["loss"], "loss")
     for name, true_gradient in true_gradients.items():
-        assert_near(gradients[name].cpu(), true_gradient, reference_gradients[name], magnitudes[name], name)
+        assert_near(gradients[name], true_gradient, reference_gradients[name], magnitudes[name], name)
         if not vacuous:
             assert_not_vacuous(true_gradient, reference_gradients[name], magnitudes[name])
     if not vacuous:

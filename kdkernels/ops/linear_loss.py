@@ -117,6 +117,7 @@ def plan_linear_loss(
         step, most = 16, max(16, budget // (2 * itemsize * classes))
     else:
         step, most = 128, max(128, cores * 8 * 128 * 128 // classes)
+    most = most // step * step
     chunks = max(1, -(-rows // most))
     each = -(-rows // chunks)
     return Plan("chunks", max(1, min(rows, -(-each // step) * step)))
@@ -508,7 +509,7 @@ def _backproject(
             part = of_bias.narrow(0, start, classes)
             part.copy_(total) if first else part.add_(total)
         if of_scale is not None and bias is not None:
-            of_scale += (total * bias).sum()
+            of_scale += torch.where(total == 0, 0, total * bias).sum()  # a class of no mass has −inf here
 
 
 def _fill_topk(
@@ -609,7 +610,10 @@ def projected(
 ) -> Tensor:
     """A side's logits in `dtype`: cap tanh(scale (x Wᵀ + b) / cap)."""
     logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    if isinstance(scale, Tensor) or scale != 1:
+    if isinstance(scale, Tensor):  # −inf stays, and has no part in the scale's gradient
+        live = logits != -torch.inf
+        logits = torch.where(live, torch.where(live, logits, 0) * scale, logits)
+    elif scale != 1:
         logits = logits * scale
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -656,12 +660,16 @@ def linear_loss_reference(
     cap, teacher_cap = options.caps
     if options.tied:
         teacher_weight, teacher_bias, teacher_start = weight, bias, start
-    s = projected(student, weight, bias, scale, cap, dtype)[..., start : start + classes]
+
+    def head(x: Tensor | None, start: int) -> Any:  # the classes that there are
+        return None if x is None else x[start : start + classes]
+
+    s = projected(student, head(weight, start), head(bias, start), scale, cap, dtype)
     t = None
     if options.kind == HIDDEN:
         assert teacher is not None and teacher_weight is not None
-        t = projected(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_cap, dtype)
-        t = t[..., teacher_start : teacher_start + classes]
+        teacher_head = (head(teacher_weight, teacher_start), head(teacher_bias, teacher_start))
+        t = projected(teacher, *teacher_head, teacher_scale, teacher_cap, dtype)
     elif options.kind == LOGITS:
         assert teacher is not None
         t = teacher[..., teacher_start : teacher_start + classes].to(dtype)
@@ -881,7 +889,7 @@ def linear_loss(
     check_reduction(reduction)
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    chunk_rows = _check_strategy(strategy, chunk_rows)
+    chunk_rows = check_chunks(strategy, chunk_rows)
     backend = resolve(backend, student, "student")
     shape, dtype = student.shape[:-1], statistics_dtype(student.dtype)
     temperature, teacher_temperature = check_temperatures(temperature, teacher_temperature, student, dtype)
@@ -951,7 +959,13 @@ def linear_loss(
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in (*tensors, *numbers, weights)
         ):
-            loss, terms = _LinearLoss.apply(*tensors, *numbers, weights, indices, labels, mask, options)
+            inputs = (*tensors, *numbers, weights)
+            if torch.compiler.is_compiling():  # which takes no tensor twice
+                inputs = tuple(
+                    x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in inputs[:i]) else x
+                    for i, x in enumerate(inputs)
+                )
+            loss, terms = _LinearLoss.apply(*inputs, indices, labels, mask, options)
         else:
             scales = scale_of_rows(weights, mask, reduction, tensors[0].shape[0], dtype)
             call = _call(tensors, numbers, indices, labels, mask, *scales, options, NOTHING)
@@ -1111,7 +1125,7 @@ def _ranges(
     return start, teacher_start, stop - start
 
 
-def _check_strategy(strategy: str | None, chunk_rows: int | None) -> int:
+def check_chunks(strategy: str | None, chunk_rows: int | None) -> int:
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be None or one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if chunk_rows is None:

@@ -69,7 +69,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # (m,
     """a bᵀ + bias in the dtype of both."""
     if _onednn(a, b):
         assert _LINEAR is not None
-        product: Tensor = _LINEAR(a, b, bias, "none", [], "")
+        # oneDNN takes a bias for contiguous, whatever its stride.
+        product: Tensor = _LINEAR(a, b, None if bias is None else bias.contiguous(), "none", [], "")
         return product
     return torch.mm(a, b.T) if bias is None else torch.addmm(bias, a, b.T)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from kdkernels.backend import statistics_dtype
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import KL, NONE, Spec
-from kdkernels.ops.linear_loss import check_side, linear_loss, planned_rows
+from kdkernels.ops.linear_loss import check_chunks, check_side, linear_loss, planned_rows
 from kdkernels.ops.rows import check_mask, check_number, check_temperature, check_weights, reduce_rows
 
 
@@ -127,6 +127,7 @@ def precompute_teacher(
             raise ValueError("keep_features must be True where precision is given: the full form needs them")
         if check_number(precision, "precision") <= 0:
             raise ValueError(f"precision must be positive, got {precision}")
+    check_chunks(None, chunk_rows)
     shape = teacher.shape[:-1]
     rows = teacher.reshape(-1, teacher.shape[-1])
     if chunk_rows is None:
