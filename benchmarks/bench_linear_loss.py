@@ -242,8 +242,7 @@ def test_shared_classifier_loss(benchmark, loss, shape, dtype):
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="resident memory is the CPU's")
 @DTYPES
 @pytest.mark.parametrize("shape", LARGE)
-def test_linear_loss_memory(benchmark, shape, dtype):
+@pytest.mark.parametrize("loss", ["linear_kl_div", "linear_kl_div, frozen head"])
+def test_linear_loss_memory(benchmark, loss, shape, dtype):
     without = ["reference"] + ["eager, upcast"] * (dtype == torch.float32)
-    harness.memory_cell(
-        benchmark, "linear_loss", "linear_kl_div", CASES["linear_kl_div"], shape, dtype, without
-    )
+    harness.memory_cell(benchmark, "linear_loss", loss, CASES[loss], shape, dtype, without)

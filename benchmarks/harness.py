@@ -2,9 +2,8 @@
 
 Providers run one after another in every round, in an order that is drawn anew, in one process with the same threads:
 load from elsewhere, and caches that another has left, fall on all of them alike, and ratios hold where seconds do not.
-Each provider's result is
-checked against float64 before anything is timed. A round also copies a tensor, which gives the bandwidth that
-the machine had at that time.
+Each provider's result is checked against float64 before anything is timed. A round also copies a tensor, which gives
+the bandwidth that the machine had at that time.
 """
 
 from __future__ import annotations
