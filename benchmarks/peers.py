@@ -69,7 +69,7 @@ def liger_jsd(*, beta: float, temperature: float) -> dict[str, Loss]:
     return {"liger": loss}
 
 
-def liger_linear(*, temperature: float, hard: float, soft: float) -> dict[str, Loss]:
+def liger_linear(*, temperature: float, hard: float, soft: float, compiled: bool = True) -> dict[str, Loss]:
     """LigerFusedLinearJSDLoss at beta 0, which is the forward KL: chunks of 1024 rows, compiled, as it comes.
 
     It has no T², wants labels for any loss, and computes the gradient of a frozen head too.
@@ -84,7 +84,17 @@ def liger_linear(*, temperature: float, hard: float, soft: float) -> dict[str, L
             labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
         weights = (hard, soft, 0.0)
         return LIGER.LigerFusedLinearJSDFunction.apply(
-            student, weight, teacher, teacher_weight, labels, None, None, *weights, -100, temperature, True
+            student,
+            weight,
+            teacher,
+            teacher_weight,
+            labels,
+            None,
+            None,
+            *weights,
+            -100,
+            temperature,
+            compiled,
         )
 
     return {"liger": loss}
