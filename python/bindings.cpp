@@ -52,14 +52,17 @@ KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t inpu
   return params;
 }
 
-LogitLossParams logit_loss_params(
-    int dtype, int grad_dtype, int64_t rows, int64_t classes, int64_t input_stride,
-    int64_t target_stride, int64_t grad_stride, uintptr_t input, uintptr_t target, uintptr_t labels,
-    uintptr_t input_temperature, uintptr_t target_temperature, double input_temperature_value,
-    double target_temperature_value, uintptr_t soft_scale, double soft_scale_value,
-    uintptr_t row_scale, double scale, uintptr_t mask, int divergence, double first, double second,
-    double mix, bool standardize, double hard_weight, double label_smoothing, double z_loss,
-    double logit_mse, uintptr_t loss, uintptr_t terms, uintptr_t grad_input, uintptr_t grad_input_temperature) {
+LogitLossParams logit_loss_params(int dtype, int grad_dtype, int64_t rows, int64_t classes,
+                                  int64_t input_stride, int64_t target_stride, int64_t grad_stride,
+                                  uintptr_t input, uintptr_t target, uintptr_t labels,
+                                  uintptr_t input_temperature, uintptr_t target_temperature,
+                                  double input_temperature_value, double target_temperature_value,
+                                  uintptr_t soft_scale, double soft_scale_value,
+                                  uintptr_t row_scale, double scale, uintptr_t mask, int divergence,
+                                  double first, double second, double mix, bool standardize,
+                                  double hard_weight, double label_smoothing, double z_loss,
+                                  double logit_mse, uintptr_t loss, uintptr_t terms,
+                                  uintptr_t grad_input, uintptr_t grad_input_temperature) {
   LogitLossParams params;
   params.input = address<const void>(input);
   params.target = address<const void>(target);
