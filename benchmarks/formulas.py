@@ -7,7 +7,7 @@ over the rows. Statistics have the logits' dtype where the library leaves them s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,3 +125,30 @@ def multi_teacher(
         for teacher, weight, temperature in zip(teachers, weights, temperatures)
     ]
     return torch.stack(losses).sum()
+
+
+def of_heads(
+    student: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *labels: Tensor,
+    loss: Callable[..., Tensor],
+    upcast: bool = False,
+) -> Tensor:
+    """A loss of logits from hidden states and heads, which is how training scripts come by logits; `upcast`: as under
+    autocast, whose softmaxes are float32."""
+    logits = [F.linear(student, weight), F.linear(teacher, teacher_weight)]
+    return loss(*(x.float() if upcast else x for x in logits), *labels)
+
+
+def shared_classifier(
+    student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, labels: Tensor
+) -> Tensor:
+    """IJCKD: CE + MSE of logits + MSE of maps (or features), with SimKD's path through the teacher's classifier."""
+
+    def classify(x: Tensor) -> Tensor:
+        return F.linear(x.flatten(2).mean(2) if x.dim() > 2 else x, weight, bias)
+
+    s, t = classify(student), classify(teacher)
+    return F.cross_entropy(s, labels) + F.mse_loss(s, t) + F.mse_loss(student, teacher)

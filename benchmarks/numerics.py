@@ -3,12 +3,14 @@
 Every row of data is a call of its own, so that no mean hides it; each cell is the worst row's relative error of
 the loss and of the student's gradient (in norm). The truth is the reference in float64 on the same rounded logits.
 Set TRITON_INTERPRET=1 for the Triton backend's columns; its interpreter does not compute bfloat16 as a GPU does.
+`python -m benchmarks.numerics linear` prints the part on the losses from hidden states, and writes nothing.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from benchmarks import formulas
+from benchmarks import formulas, peers
 from benchmarks.errors import NEGLIGIBLE, number, relative
 from benchmarks.report import lines_of
 
@@ -172,7 +174,146 @@ def heads(names: list[str]) -> list[str]:
     return [name if name == "eager" else f"`{name}`" for name in names]
 
 
-def main() -> None:
+# The losses from hidden states: rows, features, classes.
+HEAD = (64, 512, 32_000)
+KEPT = (16, 256, 8192)
+NEAR_HEADS = {
+    "one head, features 1e-2 off": (1e-2, None),
+    "one head, features 1e-3 off": (1e-3, None),
+    "heads 1e-2 apart, features 1e-2 off": (1e-2, 1e-2),
+    "heads 1e-3 apart, features 1e-3 off": (1e-3, 1e-3),
+}
+
+
+def heads_data(
+    size: tuple[int, int, int], noise: float, apart: float | None, scale: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """Student, its head, teacher, its head: logits of N(0, scale²); `noise` and `apart` are relative."""
+    rows, features, classes = size
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    teacher, weight = (
+        normal(rows, features).to(dtype),
+        (scale / features**0.5 * normal(classes, features)).to(dtype),
+    )
+    student, own = teacher.double() + noise * normal(rows, features), weight
+    if apart is not None:
+        own = (weight.double() + apart * scale / features**0.5 * normal(classes, features)).to(dtype)
+    return [student.to(dtype), own, teacher, weight]
+
+
+def with_gradients(call: Call, inputs: list[Tensor], leaves: int) -> list[Tensor]:
+    """The loss and the gradients of the first inputs, in float64."""
+    given = [x.detach().clone().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
+    loss = call(*given)
+    return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, given[:leaves]))]
+
+
+def native() -> list[str]:
+    """Backends of ours that run at these sizes: not Triton's interpreter."""
+    available = kdkernels.available_backends("cpu")
+    return [name for name, state in available.items() if state == "available" and name != "triton"]
+
+
+def near_heads_lines() -> list[str]:
+    """bfloat16 features and heads, of a student that is close to its teacher."""
+    calls: dict[str, Call] = {
+        "eager": partial(formulas.of_heads, loss=formulas.kl),
+        "eager, upcast": partial(formulas.of_heads, loss=formulas.kl, upcast=True),
+        **peers.liger_linear(temperature=1.0, hard=0.0, soft=1.0),
+        **{name: partial(kdkernels.linear_kl_div, backend=name) for name in native()},
+    }
+    rows = []
+    for note, (noise, apart) in NEAR_HEADS.items():
+        inputs = heads_data(HEAD, noise, apart, 3.0, torch.bfloat16)
+        exact = [x.double() for x in inputs]
+        truth = with_gradients(partial(kdkernels.linear_kl_div, backend="reference"), exact, 2)
+        errors = [
+            cell([relative(*pair) for pair in zip(with_gradients(call, inputs, 2), truth)])
+            for call in calls.values()
+        ]
+        rows.append([note, f"{truth[0].item():.0e}", *errors])
+    return [
+        "",
+        "## From hidden states, near convergence",
+        "",
+        f"`linear_kl_div` of bfloat16 features and heads ({HEAD[0]} rows, {HEAD[1]} features, {HEAD[2]:,} classes, "
+        "logits of N(0, 3²), T = 1): error of the loss / the gradient of the features / that of the head, relative to "
+        "float64 on the same rounded features and heads, in norm over all rows. eager rounds the logits to bfloat16; "
+        "upcast casts them to float32 after that.",
+        "",
+        *lines_of(["student", "KL", *(f"`{n}`" if n in native() else n for n in calls)], rows),
+    ]
+
+
+def estimate(inputs: list[Tensor], u: float) -> list[float]:
+    """What the opening of kdkernels/ops/teacher_statistics.py says of a loss and gradient made of statistics; u is the
+    rounding of the gradients that are added."""
+    x, weight, teacher, _ = (x.double() for x in inputs)
+    s, t = x @ weight.T, teacher @ weight.T
+    top = t.argmax(1, keepdim=True)
+    bracket = (torch.logsumexp(s, 1, keepdim=True) - s.gather(1, top)).mean()
+    kl = torch.nn.functional.kl_div(
+        s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    rest = (bracket - kl).abs()
+    return [torch.finfo(torch.float32).eps * float((bracket + rest) / kl), u * float((bracket / kl).sqrt())]
+
+
+def statistics_lines() -> list[str]:
+    """The form without teacher logits beside the full one, as the student nears the teacher."""
+    backend = native()[-1]
+    rows = []
+    for dtype, scale, noises in (
+        (torch.float32, 3.0, (0.5, 0.15, 0.05, 0.015, 5e-3, 1.5e-3, 5e-4, 1.5e-4, 5e-5)),
+        (torch.float32, 12.0, (0.5, 0.15, 0.05, 0.015, 5e-3, 1.5e-3, 5e-4, 1.5e-4, 5e-5)),
+        (torch.bfloat16, 3.0, (0.5, 0.15, 0.05, 0.015, 1e-3, 1e-4)),
+        (torch.bfloat16, 12.0, (0.5, 0.15, 0.05, 0.015, 1e-3, 1e-4)),
+    ):
+        u = torch.finfo(dtype).eps / 2
+        for noise in noises:
+            inputs = heads_data(KEPT, noise, None, scale, dtype)
+            _, weight, teacher, _ = inputs
+            kept = kdkernels.precompute_teacher(teacher, weight)
+            full = partial(kdkernels.linear_kl_div, backend=backend)
+            truth = with_gradients(
+                partial(kdkernels.linear_kl_div, backend="reference"), [x.double() for x in inputs], 1
+            )
+            by_form = [
+                with_gradients(lambda x, w, *_: full(x, w, kept), inputs, 1),  # noqa: B023
+                with_gradients(full, inputs, 1),
+            ]
+            errors = [cell([relative(*pair) for pair in zip(got, truth)]) for got in by_form]
+            rows.append(
+                [
+                    short(dtype),
+                    f"{scale:g}",
+                    f"{truth[0].item():.0e}",
+                    errors[0],
+                    cell(estimate(inputs, u)),
+                    errors[1],
+                ]
+            )
+    return [
+        "",
+        "## A teacher known by its statistics",
+        "",
+        f"`linear_kl_div` through one frozen head ({KEPT[0]} rows, {KEPT[1]} features, {KEPT[2]:,} classes, T = 1, "
+        f"backend `{backend}`), the teacher given by `precompute_teacher` or by its hidden states; the student nears "
+        "the teacher from row to row. Error of the loss / the features' gradient relative to float64 on the same "
+        f"inputs (absolute below {number(NEGLIGIBLE)}); the estimate is that of kdkernels/ops/teacher_statistics.py.",
+        "",
+        *lines_of(["dtype", "std of logits", "KL", "statistics", "estimate", "hidden states"], rows),
+    ]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    if "linear" in arguments:  # the parts on hidden states alone, to look at
+        print("\n".join([*near_heads_lines(), *statistics_lines()]))
+        return
     found = {
         (dtype, regime, op): measure(op, REGIMES[regime], dtype)
         for dtype in DTYPES
@@ -218,6 +359,7 @@ def main() -> None:
             for regime in REGIMES
         ]
         lines += ["", f"## {short(dtype)}", "", *lines_of(["loss", "data", *heads(names)], rows)]
+    lines += [*near_heads_lines(), *statistics_lines()]
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text("\n".join(lines) + "\n")
     print(FILE)
@@ -228,4 +370,4 @@ def short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

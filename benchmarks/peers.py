@@ -10,6 +10,7 @@ import importlib.metadata
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.harness import Loss
@@ -64,6 +65,37 @@ def liger_jsd(*, beta: float, temperature: float) -> dict[str, Loss]:
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         return function(student / temperature, teacher / temperature) / student.shape[0]
+
+    return {"liger": loss}
+
+
+def liger_linear(*, temperature: float, hard: float, soft: float, compiled: bool = True) -> dict[str, Loss]:
+    """LigerFusedLinearJSDLoss at beta 0, which is the forward KL: chunks of 1024 rows, compiled, as it comes.
+
+    It has no T², wants labels for any loss, and computes the gradient of a frozen head too.
+    """
+    if LIGER is None:
+        return {}
+
+    def loss(
+        student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        if labels is None:
+            labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
+        weights = (hard, soft, 0.0)
+        return LIGER.LigerFusedLinearJSDFunction.apply(
+            student,
+            weight,
+            teacher,
+            teacher_weight,
+            labels,
+            None,
+            None,
+            *weights,
+            -100,
+            temperature,
+            compiled,
+        )
 
     return {"liger": loss}
 

@@ -204,7 +204,24 @@ struct ScaleRowsParams {
   DType dtype;
 };
 
+// out = x weight^T + bias: bfloat16 matrices, their product summed and left in float32. On CPUs
+// that multiply bfloat16 (has_bf16_linear).
+struct Bf16LinearParams {
+  const void* x;       // (rows, features), row stride x_stride
+  const void* weight;  // (classes, features), row stride weight_stride
+  const void* bias;    // (classes,), or null
+  void* out;           // (rows, classes) float32, row stride out_stride
+  int64_t rows;
+  int64_t classes;
+  int64_t features;
+  int64_t x_stride;
+  int64_t weight_stride;
+  int64_t out_stride;
+};
+
 namespace cpu {
+bool has_bf16_linear();
+void bf16_linear(const Bf16LinearParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`

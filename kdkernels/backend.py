@@ -448,9 +448,30 @@ def launcher(backend: str, name: str) -> Callable[..., None]:
     return _LAUNCHERS[backend, name]
 
 
+@functools.cache
 def has_bf16_linear() -> bool:
-    return False
+    """Whether this CPU multiplies bfloat16 matrices into float32 (`bf16_linear`)."""
+    return _C is not None and _C.cpu_has_bf16_linear()
 
 
-def bf16_linear(*a):
-    raise RuntimeError
+def bf16_linear(
+    x: Tensor,  # (M, D) bfloat16, features side by side, as in weight
+    weight: Tensor,  # (N, D) bfloat16
+    bias: Tensor | None,  # (N,) bfloat16, contiguous
+    out: Tensor,  # (M, N) float32, classes side by side
+) -> None:
+    """out = x weightᵀ + bias, summed and left in float32."""
+    rows, features = x.shape
+    _C.cpu_bf16_linear(  # type: ignore[union-attr]
+        torch.get_num_threads(),
+        rows,
+        weight.shape[0],
+        features,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        out.data_ptr(),
+    )

@@ -52,14 +52,17 @@ KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t inpu
   return params;
 }
 
-LogitLossParams logit_loss_params(
-    int dtype, int grad_dtype, int64_t rows, int64_t classes, int64_t input_stride,
-    int64_t target_stride, int64_t grad_stride, uintptr_t input, uintptr_t target, uintptr_t labels,
-    uintptr_t input_temperature, uintptr_t target_temperature, double input_temperature_value,
-    double target_temperature_value, uintptr_t soft_scale, double soft_scale_value,
-    uintptr_t row_scale, double scale, uintptr_t mask, int divergence, double first, double second,
-    double mix, bool standardize, double hard_weight, double label_smoothing, double z_loss,
-    double logit_mse, uintptr_t loss, uintptr_t terms, uintptr_t grad_input, uintptr_t grad_input_temperature) {
+LogitLossParams logit_loss_params(int dtype, int grad_dtype, int64_t rows, int64_t classes,
+                                  int64_t input_stride, int64_t target_stride, int64_t grad_stride,
+                                  uintptr_t input, uintptr_t target, uintptr_t labels,
+                                  uintptr_t input_temperature, uintptr_t target_temperature,
+                                  double input_temperature_value, double target_temperature_value,
+                                  uintptr_t soft_scale, double soft_scale_value,
+                                  uintptr_t row_scale, double scale, uintptr_t mask, int divergence,
+                                  double first, double second, double mix, bool standardize,
+                                  double hard_weight, double label_smoothing, double z_loss,
+                                  double logit_mse, uintptr_t loss, uintptr_t terms,
+                                  uintptr_t grad_input, uintptr_t grad_input_temperature) {
   LogitLossParams params;
   params.input = address<const void>(input);
   params.target = address<const void>(target);
@@ -169,6 +172,21 @@ ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, uint
           scale_stride,        static_cast<DType>(dtype)};
 }
 
+Bf16LinearParams bf16_linear_params(int64_t rows, int64_t classes, int64_t features,
+                                    int64_t x_stride, int64_t weight_stride, int64_t out_stride,
+                                    uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out) {
+  return {address<const void>(x),
+          address<const void>(weight),
+          address<const void>(bias),
+          address<void>(out),
+          rows,
+          classes,
+          features,
+          x_stride,
+          weight_stride,
+          out_stride};
+}
+
 // Binds a kernel as `name(threads or stream, ...params)`; the interpreter's lock is given up while
 // it runs.
 template <typename Params, typename... Args>
@@ -198,6 +216,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
+  m.def("cpu_has_bf16_linear", cpu::has_bf16_linear);
+  bind_cpu(m, "cpu_bf16_linear", bf16_linear_params, cpu::bf16_linear);
   m.def("cpu_count_labels", [](uintptr_t labels, int64_t rows, int64_t label) {
     return cpu::count_labels(address<const int64_t>(labels), rows, label);
   });

@@ -53,11 +53,11 @@ class LogitLossParams(ctypes.Structure):
         *fields(ctypes.c_void_p, "loss", "terms", "grad_input", "grad_input_temperature"),
         *fields(ctypes.c_double, "input_temperature_value", "target_temperature_value", "soft_scale_value"),
         *fields(ctypes.c_double, "scale", "first", "second", "mix"),
-        *fields(ctypes.c_double, "hard_weight", "label_smoothing", "z_loss"),
+        *fields(ctypes.c_double, "hard_weight", "label_smoothing", "z_loss", "logit_mse"),
         *fields(ctypes.c_int64, "rows", "classes", "input_stride", "target_stride", "grad_stride"),
         *fields(ctypes.c_int32, "divergence"),
         *fields(ctypes.c_bool, "standardize"),
-        *fields(ctypes.c_int32, "dtype"),
+        *fields(ctypes.c_int32, "dtype", "grad_dtype"),
     )
 
 
@@ -445,27 +445,30 @@ DIVERGENCES = [
     "reverse_normalized", "statistics",
 ]  # fmt: skip
 FIRST, SECOND, MIX = 0.6, 1.3, 0.3
-HARD, SMOOTHING, Z_LOSS = 0.5, 0.1, 0.01
+HARD, SMOOTHING, Z_LOSS, MSE = 0.5, 0.1, 0.01, 0.2
 SOFT_SCALE, SCALE = 0.9, 0.7
 
 
-def run_logit_loss(kernels, divergence, s, t, y, *, standardize=False, mask=None, offset=0, padding=0):
-    """Every output, by name, at temperatures 2 and 3, with cross-entropy and z-loss."""
+def run_logit_loss(
+    kernels, divergence, s, t, y, *, standardize=False, mask=None, offset=0, padding=0, dtype=None
+):
+    """Every output, by name, at temperatures 2 and 3, with cross-entropy, z-loss and MSE."""
     rows, classes = s.shape
     params = LogitLossParams(input=pointer(s), labels=pointer(y), mask=pointer(mask))
-    if divergence != "none":
-        params.target, params.target_stride = pointer(t), t.stride(0)
+    params.target, params.target_stride = pointer(t), t.stride(0)
     params.rows, params.classes, params.dtype = rows, classes, CODES[s.dtype]
     params.input_stride, params.grad_stride = s.stride(0), classes + padding
     params.input_temperature_value, params.target_temperature_value = 2.0, 3.0
     params.soft_scale_value, params.scale = SOFT_SCALE, SCALE
     params.first, params.second, params.mix = FIRST, SECOND, MIX
     params.hard_weight, params.label_smoothing, params.z_loss = HARD, SMOOTHING, Z_LOSS
+    params.logit_mse = 0 if divergence == "statistics" else MSE
     params.divergence, params.standardize = DIVERGENCES.index(divergence), standardize
-    loss, terms, of_temperature = Guarded(rows), Guarded(4, rows), Guarded(rows)
+    params.grad_dtype = CODES[dtype or s.dtype]
+    loss, terms, of_temperature = Guarded(rows), Guarded(5, rows), Guarded(rows)
     params.loss, params.terms = pointer(loss.value), pointer(terms.value)
     params.grad_input_temperature = pointer(of_temperature.value)
-    gradient, checked = guarded(rows, classes, s.dtype, offset=offset, padding=padding)
+    gradient, checked = guarded(rows, classes, dtype or s.dtype, offset=offset, padding=padding)
     params.grad_input = pointer(gradient)
     error = kernels.kdk_logit_loss(ctypes.byref(params))
     assert error == 0, kernels.kdk_error_string(error).decode()
@@ -518,12 +521,13 @@ def logit_loss_formula(divergence, s, t, y, *, standardize=False):
     lse = torch.logsumexp(s, 1)
     hard = HARD * (lse - (1 - SMOOTHING) * s.gather(1, label)[:, 0] - SMOOTHING * s.mean(1))
     z = Z_LOSS * lse.square()
-    terms = [soft, hard, z, first]
+    mse = zero if kind == "statistics" else MSE * (s - t).square().mean(1)
+    terms = [soft, hard, z, first, mse]
     if kind == "statistics":
         terms = [-(p * log_p).sum(1), -(q * log_q).sum(1), torch.minimum(p, q).sum(1)]
-        terms.append((s.argmax(1) == t.argmax(1)).double())
-    loss = soft + hard + z
-    sources = (zero if kind == "statistics" else soft) + hard + z
+        terms += [(s.argmax(1) == t.argmax(1)).double(), zero]
+    loss = soft + hard + z + mse
+    sources = (zero if kind == "statistics" else soft) + hard + z + mse
     of_input, of_temperature = torch.autograd.grad((SCALE * sources).sum(), (s, T), allow_unused=True)
     results = {"loss": loss, "terms": torch.stack(terms)}
     results = {name: (SCALE * value).detach() for name, value in results.items()}
@@ -757,6 +761,11 @@ def test_others_refuse(kernels, name):
     kind = {"logit_loss": LogitLossParams, "topk_kl_div": TopkKlDivParams}.get(name, MultiTeacherKlDivParams)
     params = kind(rows=2, classes=8, dtype=CODES[torch.float64])
     assert getattr(kernels, f"kdk_{name}")(ctypes.byref(params)) == 1
+    if name == "logit_loss":  # a gradient wider than its logits, and one of double
+        for dtype, grad_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+            params.dtype, params.grad_dtype = CODES[dtype], CODES[grad_dtype]
+            assert kernels.kdk_logit_loss(ctypes.byref(params)) == 1
+        params.grad_dtype = 0
     params.dtype, params.rows = 0, 0
     assert getattr(kernels, f"kdk_{name}")(ctypes.byref(params)) == 0
 

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of
+from conftest import GPU, device_of
 from testing import EPS32, NAMES, assert_near, compare, leaves, logits, run
 from torch import Tensor
 
 import kdkernels
 from kdkernels import distillation_loss, dkd, jsd, kd_statistics, kl_div, nkd, skew_kl_div, tvd
+from kdkernels.backend import statistics_dtype
 from kdkernels.ops.distillation_loss import SOFT
+from kdkernels.ops.divergences import Spec
+from kdkernels.ops.logit_loss import run_logit_loss_kernels
 from kdkernels.ops.rows import REDUCTIONS
 
 
@@ -44,7 +47,8 @@ class Case(NamedTuple):
 def whole(soft: str, parts: float = 1.0, **options: Any) -> Case:
     """distillation_loss with every part of it on."""
     every = {"soft": soft, "soft_weight": 0.8, "hard_weight": 0.3, "label_smoothing": 0.1, "z_loss": 1e-3}
-    return Case(distillation_loss, {**every, **options}, 0.8 * parts + 0.4, True)
+    parts = 0.8 * parts + 0.4 + options.get("logit_mse_weight", 0.0)
+    return Case(distillation_loss, {**every, **options}, parts, True)
 
 
 CASES = {
@@ -66,6 +70,9 @@ CASES = {
     "whole-tvd": whole("tvd"),
     "whole-dkd": whole("dkd", 5, alpha=1.0, beta=4.0),
     "whole-nkd": whole("nkd", 2.5),
+    "mse-kl": whole("kl", logit_mse_weight=0.6),
+    "mse-jsd": whole("jsd", logit_mse_weight=0.6),
+    "mse-dkd": whole("dkd", 9, logit_mse_weight=0.6),
 }
 # One of each divergence.
 KINDS = ["jsd", "skew", "skew-reverse", "tvd", "dkd", "nkd", "whole-kl", "whole-reverse_kl"]
@@ -174,10 +181,11 @@ def textbook(case, student, teacher, labels, temperature, teacher_temperature, *
         options.pop("hard_weight"),
     )
     smoothing, z_loss = options.pop("label_smoothing", 0.0), options.pop("z_loss", 0.0)
+    mse = options.pop("logit_mse_weight", 0.0) * F.mse_loss(student, teacher, reduction="none").mean(-1)
     hard = F.cross_entropy(student, labels, label_smoothing=smoothing, reduction="none")
     square = 1 if soft == "nkd" else temperature**2
     z = torch.logsumexp(student, -1) ** 2
-    return soft_weight * square * textbook_soft(soft, *rows, **options) + hard_weight * hard + z_loss * z
+    return soft_weight * square * textbook_soft(soft, *rows, **options) + hard_weight * hard + z_loss * z + mse
 
 
 def assert_equal_to_rounding(got: Tensor, expected: Tensor, what: str) -> None:
@@ -242,18 +250,18 @@ def test_textbook(backend, name, standardize):
 def test_every_loss(backend, name):
     arguments = batch(CASES[name], "plain", (4, 37), temperature=2.0)
     check(name, backend, arguments)
-    if name in KINDS:
+    if name in KINDS or name.startswith("mse"):
         check(name, backend, {**arguments, "standardize": True, "reduction": "none"})
 
 
-@pytest.mark.parametrize("name", ["jsd", "tvd", "nkd", "whole-dkd", "whole-kl"])
+@pytest.mark.parametrize("name", ["jsd", "tvd", "nkd", "whole-dkd", "whole-kl", "mse-kl"])
 def test_every_dtype(backend_dtype, name):
     backend, dtype = backend_dtype
     check(name, backend, batch(CASES[name], "plain", (3, 41), dtype, temperature=2.0))
 
 
 @pytest.mark.parametrize("regime", ["near", "far", "ties"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "mse-kl"])
 def test_regimes(backend, name, regime):
     if name == "tvd" and regime == "ties":
         return  # where p = q, which of the two is larger is a matter of rounding
@@ -261,7 +269,7 @@ def test_regimes(backend, name, regime):
     check(name, backend, batch(CASES[name], regime, (3, 40)), vacuous=regime in ("near", "far"))
 
 
-@pytest.mark.parametrize("name", ["skew-reverse", "nkd", "whole-kl", "whole-dkd"])
+@pytest.mark.parametrize("name", ["skew-reverse", "nkd", "whole-kl", "whole-dkd", "mse-jsd"])
 def test_row_arguments(backend, name):
     case, shape = CASES[name], (2, 4)
     generator = torch.Generator().manual_seed(3)
@@ -595,6 +603,7 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
         * counts
         * F.cross_entropy(student, labels, reduction="none", ignore_index=-100, label_smoothing=0.2),
         "z_loss": 0.05 * weights * counts * torch.logsumexp(student, -1) ** 2,
+        "logit_mse": 0.3 * weights * counts * F.mse_loss(student, teacher, reduction="none").mean(-1),
     }
     if soft in ("dkd", "nkd"):
         first = {"alpha": 2.0, "beta": 0.0} if soft == "dkd" else {"gamma": 0.0}
@@ -614,6 +623,7 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
             hard_weight=0.4,
             label_smoothing=0.2,
             z_loss=0.05,
+            logit_mse_weight=0.3,
             mask=mask,
             return_terms=True,
             **options.get(soft, {}),
@@ -625,7 +635,8 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
             expected = rows if reduction == "none" else rows.sum() / divisor
             torch.testing.assert_close(terms[name], expected, rtol=2e-5, atol=2e-5)
             assert not terms[name].requires_grad and terms[name].dtype == torch.float32
-        torch.testing.assert_close(terms["soft"] + terms["hard"] + terms["z_loss"], loss.detach())
+        parts = [terms[name] for name in ("soft", "hard", "z_loss", "logit_mse")]
+        torch.testing.assert_close(sum(parts), loss.detach())
         if reduction == "none":
             continue
         plain = distillation_loss(
@@ -637,6 +648,7 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
             hard_weight=0.4,
             label_smoothing=0.2,
             z_loss=0.05,
+            logit_mse_weight=0.3,
             mask=mask,
             **options.get(soft, {}),
             **{**shared, "reduction": reduction},
@@ -644,6 +656,177 @@ def test_distillation_loss_is_the_sum_of_its_parts(backend, soft):
         assert torch.equal(plain, loss)
         gradients = [torch.autograd.grad(x.sum(), student)[0] for x in (loss, plain)]
         assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("classes", [1, 9, 257, 1025, 4099, 9000])
+def test_logit_mse_alone(backend, classes):
+    """Without a soft term and labels: of the raw logits, with gradients for both sides."""
+    case = Case(distillation_loss, {"soft_weight": 0.0, "hard_weight": 0.0, "logit_mse_weight": 0.7})
+    arguments = batch(case, "plain", (3, classes), labels=None)
+    device = device_of(backend)
+    upstream = torch.tensor(1.5, device=device)
+    for options in ({}, {"standardize": True, "reduction": "sum"}, {"mask": torch.tensor([True, False, True])}):
+        moved = to(device, {**arguments, **options})
+        mask = moved.get("mask", torch.ones(3, dtype=torch.bool, device=device))
+        loss, gradients = run(partial(case, backend=backend), moved, upstream)
+        gaps = (moved["student"] - moved["teacher"]).double() * mask[:, None]
+        divisor = 1 if "reduction" in options else mask.sum()
+        expected = 0.7 * gaps.square().sum() / classes / divisor
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        for name, sign in (("student", 1), ("teacher", -1)):
+            expected = sign * 1.5 * 2 * 0.7 * gaps / classes / divisor
+            torch.testing.assert_close(gradients[name].double(), expected, rtol=1e-6, atol=0)
+    if classes > 8:
+        columns = {"valid_classes": (2, classes - 1), "teacher_valid_classes": (1, classes - 2)}
+        loss, gradients = run(partial(case, **columns, backend=backend), to(device, arguments))
+        gaps = (arguments["student"][:, 2:-1] - arguments["teacher"][:, 1:-2]).to(device)
+        torch.testing.assert_close(loss, 0.7 * gaps.square().mean(1).mean(), rtol=1e-5, atol=0)
+        expected = 2 * 0.7 * gaps / gaps.numel()
+        torch.testing.assert_close(gradients["student"], F.pad(expected, (2, 1)), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(gradients["teacher"], F.pad(-expected, (1, 2)), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("soft_weight", [0.0, 0.5])
+@pytest.mark.parametrize("soft", SOFT)
+def test_logit_mse_of_masked_classes(backend, soft, soft_weight):
+    """−inf in both: equal. In one only: an infinite loss, never NaN, with the difference's sign in the gradient."""
+    device = device_of(backend)
+    student, teacher = logits("plain", (4, 40), torch.float32)
+    student[0, 3:9] = teacher[0, 3:9] = -math.inf
+    student[1, 5], teacher[2, 6] = -math.inf, -math.inf
+    labels = torch.tensor([0, 1, 2, 39])
+    mask = torch.tensor([True, True, True, True])
+    a = leaves(to(device, {"student": student, "teacher": teacher, "labels": labels, "mask": mask}))
+    options = {"soft": soft, "soft_weight": soft_weight, "hard_weight": 0.1, "label_smoothing": 0.1}
+    loss = distillation_loss(**a, **options, logit_mse_weight=0.5, reduction="none", backend=backend)
+    without = distillation_loss(**a, **options, reduction="none", backend=backend)
+    gaps = torch.where(student == -math.inf, 0, student - teacher)[[0, 3]]
+    torch.testing.assert_close((loss - without)[[0, 3]].cpu(), 0.5 * gaps.square().mean(1), rtol=1e-4, atol=1e-4)
+    assert (loss[1:3] == math.inf).all()
+    gradients = torch.autograd.grad(loss[[0, 3]].sum(), (a["student"], a["teacher"]))
+    for gradient in gradients:
+        assert torch.isfinite(gradient[[0, 3]]).all() and (gradient[0, 3:9] == 0).all()
+    if soft_weight == 0:
+        for_student, for_teacher = torch.autograd.grad(
+            distillation_loss(**a, **options, logit_mse_weight=0.5, reduction="sum", backend=backend),
+            (a["student"], a["teacher"]),
+        )
+        assert for_student[1, 5] == for_teacher[2, 6] == -math.inf
+        assert for_student[2, 6] == for_teacher[1, 5] == math.inf
+        assert torch.isfinite(for_student).sum() == torch.isfinite(for_teacher).sum() == 158
+
+
+# The kernels themselves: gradients in the place of the logits, and of another dtype.
+
+
+def launch(backend: str, values: dict[str, Any], divergence: int, grad_input: Tensor, **options: Any) -> Tensor:
+    """Runs the kernel at temperatures 2 and 3 with all parts of the loss; gives the rows' losses."""
+    input, target = values["input"], values["target"]
+    loss = torch.full((input.shape[0],), math.nan, dtype=statistics_dtype(input.dtype), device=input.device)
+    parts = {"hard_weight": 0.4, "label_smoothing": 0.1, "z_loss": 1e-3, "logit_mse": 0.2, **options}
+    standardize = parts.pop("standardize", False)
+    kernel = kdkernels.backend.launcher(backend, "logit_loss")
+    kernel(
+        input, target, values["labels"], None, None, 2.0, 3.0, None, 0.9, None, 0.5, values["mask"],
+        divergence, 0.6, 1.3, 0.3, standardize, *parts.values(), loss, None, grad_input, None,
+    )  # fmt: skip
+    return loss
+
+
+def values_of(rows: int, classes: int, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    input, target = logits("plain", (rows, classes), dtype)
+    input[1, ::3] = target[1, ::3] = -math.inf  # the smoothing's share is found late
+    labels = labels_of((rows,), classes)
+    labels[1] = 2
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask[2] = False
+    return to(
+        device_of(backend), {"input": input, "target": target, "labels": labels, "mask": mask}
+    )
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+DIVERGENCES = (
+    "none kl reverse_kl mixture total_variation decoupled reverse_decoupled normalized reverse_normalized".split()
+)
+# Few rows and many, of which the CPU keeps more; rows that a GPU holds in registers, and one that it streams.
+SHAPES = {
+    "cpu": [(3, 50), (3, 1300), (70, 50), (66, 1300)],
+    "triton": [(3, 50), (3, 9100)],
+    "cuda": [(3, 50), (3, 1000), (3, 1300)],
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_may_take_the_place_of_the_logits(backend_dtype, divergence):
+    """Bit for bit what it is elsewhere."""
+    backend, dtype = backend_dtype
+    if backend == "reference":
+        pytest.skip("has no kernels")
+    number = DIVERGENCES.index(divergence)
+    without = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_mse": 0.0}
+    for shape, options in itertools.product(
+        SHAPES[backend], ({}, {"standardize": True}, without, {"hard_weight": 0.0, **without})
+    ):
+        values = values_of(*shape, dtype, backend)
+        grad = torch.full_like(values["input"], math.nan)
+        loss = launch(backend, values, number, grad, **options)
+        assert torch.isfinite(grad).all() and torch.isfinite(loss).all()
+        assert (grad[0] != 0).any() or (divergence == "none" and "hard_weight" in options)
+        input = values["input"].clone()
+        assert torch.equal(launch(backend, {**values, "input": input}, number, input, **options), loss)
+        assert torch.equal(bits(input), bits(grad)), (shape, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_of_float32_logits_may_be_of_halves(backend, divergence, dtype):
+    """The float32 gradient, rounded once; at any place, in rows with or without gaps."""
+    if backend == "reference" or (backend == "triton" and dtype == torch.bfloat16 and not GPU):
+        pytest.skip("no kernels, or an interpreter whose bfloat16 is wrong")
+    number = DIVERGENCES.index(divergence)
+    for shape, options, (start, padding) in itertools.product(
+        SHAPES[backend], ({}, {"standardize": True, "label_smoothing": 0.0}), ((0, 0), (4, 8), (1, 3))
+    ):
+        values = values_of(*shape, torch.float32, backend)
+        rows, classes = shape
+        wholes = [
+            torch.full((rows, start + classes + padding), math.nan, dtype=x, device=values["input"].device)
+            for x in (torch.float32, dtype)
+        ]
+        # At the same place with respect to 16 bytes the kernel is the same, order of summation included.
+        grad, halves = (whole[:, start : start + classes] for whole in wholes)
+        losses = [launch(backend, values, number, x, **options) for x in (grad, halves)]
+        assert torch.equal(*losses)
+        assert torch.equal(bits(halves), bits(grad.to(dtype))), (shape, options)
+        for whole in wholes:
+            assert torch.isnan(whole[:, :start]).all() and torch.isnan(whole[:, start + classes :]).all()
+
+
+@pytest.mark.parametrize("name", ["kl", "mixture", "reverse_decoupled", "none"])
+def test_both_gradients_may_take_the_place_of_logits(backend, name):
+    """The input's is made elsewhere, then the target's in its place; without the target's side also the input's."""
+    if backend == "reference":
+        pytest.skip("has no kernels")
+    values = values_of(4, 300, torch.float32, backend)
+    spec = Spec(DIVERGENCES.index(name), 0.6, 1.3, 0.3, False, 0.9, True, 0.4, 0.1, 1e-3, 0.2)
+    arguments = (values["labels"], None, None, 2.0, 3.0, None, 0.5, values["mask"], spec, 2, 5, 290, backend)
+
+    def run_kernels(in_place: bool, both: bool) -> list[Tensor | None]:
+        input, target = (values[side].clone() for side in ("input", "target"))
+        loss = torch.empty(4, device=input.device)
+        grad_input = input if in_place and not both else torch.full_like(input, math.nan)
+        grad_target = target if in_place else torch.full_like(target, math.nan)
+        outputs = [loss, None, grad_input, grad_target if both else None, None, None]
+        run_logit_loss_kernels(outputs, input, target, *arguments)
+        return outputs
+
+    for both in (False, True):
+        for a, b in zip(run_kernels(False, both), run_kernels(True, both)):
+            assert (a is None and b is None) or (torch.equal(a, b) and torch.isfinite(a).all())
 
 
 def test_cross_entropy_alone(backend):
@@ -1157,7 +1340,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-@pytest.mark.parametrize("name", [*KINDS, "whole-dkd", "whole-nkd"])
+@pytest.mark.parametrize("name", [*KINDS, "whole-dkd", "whole-nkd", "mse-kl"])
 def test_gradcheck(backend, name):
     case = CASES[name]
     torch.manual_seed(0)
@@ -1180,7 +1363,7 @@ def test_gradcheck(backend, name):
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["jsd", "dkd", "whole-kl"])
+@pytest.mark.parametrize("name", ["jsd", "dkd", "whole-kl", "mse-kl"])
 def test_double_backward(backend, name):
     """∇(‖∂loss/∂student‖²) in float32 against float64."""
     case, device = CASES[name], device_of(backend)
@@ -1240,11 +1423,13 @@ def test_opcheck(backend):
     whole_range, inner = (0, 0, 20), (1, 2, 15)
     for arguments in (
         (student, teacher, None, None, None, 2.0, 2.0, None, 0.5, None, 3, 0.5, 0.5, 0.5, False, 1.0, False,
-         0.0, 0.0, 0.0, *whole_range, False, [True, False, False, False], backend),
+         0.0, 0.0, 0.0, 0.0, *whole_range, False, [True, False, False, False], backend),
         (student, teacher, labels % 15, rows, rows, 1.0, 1.0, rows, 1.0, mask, 5, 1.0, 8.0, 0.0, True, 0.9, True,
-         0.1, 0.1, 1e-4, *inner, True, [True] * 4, backend),
+         0.1, 0.1, 1e-4, 0.5, *inner, True, [True] * 4, backend),
         (student, None, labels, None, None, 1.0, 1.0, None, 1.0, mask, 0, 1.0, 1.0, 0.0, False, 0.0, True,
-         1.0, 0.0, 0.0, *whole_range, True, [True, False, False, False], backend),
+         1.0, 0.0, 0.0, 0.0, *whole_range, True, [True, False, False, False], backend),
+        (student, teacher, None, None, None, 1.0, 1.0, None, 1.0, mask, 0, 1.0, 1.0, 0.0, False, 0.0, True,
+         0.0, 0.0, 0.0, 1.0, *inner, True, [True, True, False, False], backend),
     ):  # fmt: skip
         for op in (torch.ops.kdkernels.logit_loss_fwd, torch.ops.kdkernels.logit_loss_bwd):
             torch.library.opcheck(op.default, arguments)
@@ -1471,6 +1656,7 @@ X, Y = torch.zeros(4, 5), torch.arange(4)
         (distillation_loss, {"labels": Y, "soft_weight": math.nan}, ValueError, "soft_weight must be finite"),
         (distillation_loss, {"labels": Y, "hard_weight": "1"}, TypeError, "hard_weight must be a float"),
         (distillation_loss, {"labels": Y, "z_loss": math.inf}, ValueError, "z_loss must be finite"),
+        (distillation_loss, {"labels": Y, "logit_mse_weight": "1"}, TypeError, "logit_mse_weight must be a float"),
         (distillation_loss, {"labels": Y, "label_smoothing": 2}, ValueError, r"label_smoothing must be in \[0, 1\]"),
         (distillation_loss, {"labels": Y, "soft": "jsd", "beta": 3}, ValueError, r"beta must be in \[0, 1\]"),
         (distillation_loss, {"labels": Y, "soft": "dkd", "beta": "x"}, TypeError, "beta must be a float"),

@@ -13,7 +13,8 @@
 // when such rows would be much beside the gradient, they are made again block by block.
 //
 // The gradient is made in its own row where that has the statistics' type and is not the input's
-// row, which is still to be read; else in a row or block of the thread's, and stored block by block.
+// row, which is still to be read; else in a row or block of the thread's, and stored block by
+// block.
 //
 // A row comes from memory once and stays in the inner caches for the later sweeps. Threads take
 // contiguous runs of rows, and each row is summed in one fixed order, so that results do not depend

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "../kdkernels.h"
@@ -109,6 +110,22 @@ KDK_DEVICE void assign(Float16& y, float x) {
 #endif
 }
 
+// A row that is written: of T, or of float16 or bfloat16 where T is float.
+template <typename T>
+struct OutputRow {
+  void* data;
+  DType dtype;
+
+  KDK_DEVICE OutputRow(void* base, DType dtype, int64_t row, int64_t stride)
+      : data(base), dtype(dtype) {
+    const int size = dtype == DType::kFloat32 ? 4 : 2;
+    if (base != nullptr) data = static_cast<char*>(base) + row * stride * size;
+  }
+
+  KDK_DEVICE bool operator==(std::nullptr_t) const { return data == nullptr; }
+  KDK_DEVICE bool operator!=(std::nullptr_t) const { return data != nullptr; }
+};
+
 // V elements that one instruction loads or stores.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Packet {
@@ -166,19 +183,30 @@ struct PacketLayout {
     return x;
   }
 
-  KDK_DEVICE void store(T* row, int packet, const float (&values)[V]) const {
+  template <typename Out>
+  KDK_DEVICE void store(Out* row, int packet, const float (&values)[V]) const {
     const int first = first_class(packet);
-    Packet<T, V> x;
+    Packet<Out, V> x;
 #pragma unroll
     for (int i = 0; i < V; ++i) assign(x.elements[i], values[i]);
     if (is_whole(first)) {
-      *reinterpret_cast<Packet<T, V>*>(row + first) = x;
+      *reinterpret_cast<Packet<Out, V>*>(row + first) = x;
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         if (contains(first + i)) row[first + i] = x.elements[i];
       }
     }
+  }
+
+  KDK_DEVICE void store(const OutputRow<T>& row, int packet, const float (&values)[V]) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (row.dtype == DType::kFloat16)
+        return store(static_cast<Float16*>(row.data), packet, values);
+      if (row.dtype == DType::kBFloat16)
+        return store(static_cast<BFloat16*>(row.data), packet, values);
+    }
+    store(static_cast<T*>(row.data), packet, values);
   }
 };
 

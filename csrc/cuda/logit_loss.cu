@@ -2,12 +2,28 @@
 #include "logit_loss.cuh"
 
 namespace kdkernels::cuda {
+namespace {
+
+// The same with a kernel that reads the target: a divergence of weight 0.
+LogitLossParams without_soft(LogitLossParams params) {
+  params.divergence = Divergence::kKl;
+  params.soft_scale = nullptr;
+  params.soft_scale_value = 0;
+  params.standardize = false;
+  return params;
+}
+
+}  // namespace
 
 int logit_loss(const LogitLossParams& params, void* stream) {
   if (params.classes > kMaxClasses) return cudaErrorInvalidValue;
+  const bool is_narrower = params.dtype == DType::kFloat32 && params.grad_dtype != DType::kFloat64;
+  if (params.grad_dtype != params.dtype && !is_narrower) return cudaErrorInvalidValue;
   if (params.rows == 0) return cudaSuccess;
   switch (params.divergence) {
     case Divergence::kNone:
+      if (params.logit_mse != 0)
+        return launch_logit_loss<Divergence::kKl>(without_soft(params), stream);
       return launch_logit_loss<Divergence::kNone>(params, stream);
     case Divergence::kKl:
     case Divergence::kReverseKl:

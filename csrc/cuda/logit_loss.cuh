@@ -1,5 +1,5 @@
 // Rows of a loss from logits on CUDA devices: a soft term against the target, hard cross-entropy,
-// z-loss; formulas in ../kdkernels.h and ../divergence.h.
+// z-loss, logit MSE; formulas in ../kdkernels.h and ../divergence.h.
 //
 //   standardize  two sweeps more: mean and extremes; squares about the mean
 //   sweep 1      maxima and sums of exponentials, at every temperature that is asked for
@@ -169,12 +169,13 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   const bool hard = params.hard_weight != 0;
   const bool smoothing = hard && params.label_smoothing != 0;
   const bool raw = hard || params.z_loss != 0;
+  const bool mse = kPair && params.logit_mse != 0;
   const bool leader = team.rank() == 0;
 
   const T* input_row = static_cast<const T*>(params.input) + r * params.input_stride;
   const T* target_row =
       kPair ? static_cast<const T*>(params.target) + r * params.target_stride : input_row;
-  T* grad_input = row_of<T>(params.grad_input, r, params.grad_stride);
+  const OutputRow<T> grad_input(params.grad_input, params.grad_dtype, r, params.grad_stride);
   const PacketLayout<T, V> layout(input_row, static_cast<int>(params.classes));
 
   const bool masked = params.mask != nullptr && params.mask[r] == 0;
@@ -190,7 +191,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
     fill_row(layout, grad_input, nothing, team);
     if (leader) {
       write(params.loss, r, nothing);
-      for (int k = 0; k < 4; ++k) write(params.terms, k * params.rows + r, nothing);
+      for (int k = 0; k < kTerms; ++k) write(params.terms, k * params.rows + r, nothing);
       write(params.grad_input_temperature, r, nothing);
     }
     return;
@@ -206,6 +207,9 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   if (label != kNoLabel) {
     label_input = to_float(input_row[label]);
     if (kLabelled) label_target = to_float(target_row[label]);
+    // No lane may store in the input's place before all have read this. (A block meets in the
+    // sums.)
+    __syncwarp();
   }
 
   Spread spreads[2];  // of input and target
@@ -341,6 +345,8 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   const float smoothed = static_cast<float>(params.label_smoothing);
   const float raw_gain = raw ? scale * (hard_weight + 2 * z_loss * lse) : 0.0f;
   const float hard_gain = scale * hard_weight * (1 - smoothed);
+  const float mse_weight = static_cast<float>(params.logit_mse / params.classes);
+  const float mse_gain = scale * 2 * mse_weight;
 
   // The standard deviation is a temperature too: its part of the gradient is a multiple of z -
   // mean.
@@ -357,7 +363,10 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   // A logit of -inf is not moved by temperature or standard deviation: as if it were 0.
   const float z_of_minus_infinity =
       (standardize ? static_cast<float>(spreads[0].mean) : 0.0f) - input_max;
-  const bool writes_at_once = grad_input != nullptr && direct && !standardize;
+  // What was written is not read again: a row that may be visited twice is written the second time.
+  const bool in_place = !Row::kInRegisters && params.grad_input == params.input;
+  const bool writes_at_once =
+      grad_input != nullptr && direct && !standardize && !(in_place && smoothing);
   float live = static_cast<float>(params.classes);  // logits that are not -inf: all, until counted
   float mean_slope = 0, spread_gain = 0;
   // Once for the sums, and a second time for a gradient that had to wait for them.
@@ -366,7 +375,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
     const bool sums_now = pass == 0 && (kPair || smoothing);
     const bool writes_now = grad_input != nullptr && (pass == 1 || writes_at_once);
     const float smoothing_gain = smoothing ? scale * hard_weight * smoothed / live : 0.0f;
-    float loss_share = 0, logit_share = 0, live_share = 0, one_share = 0;
+    float loss_share = 0, logit_share = 0, live_share = 0, one_share = 0, mse_share = 0;
     float entropies[2] = {}, overlap = 0;
     int first_maxima[2] = {INT32_MAX, INT32_MAX};
     Moment moment;
@@ -423,6 +432,14 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
             if (hard && first_class + i == label) gradient[i] -= hard_gain;
           }
         }
+        if (mse) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const float gap = s[i] == -INFINITY && t[i] == -INFINITY ? 0.0f : s[i] - t[i];
+            gradient[i] += mse_gain * gap;
+            mse_share += gap * gap;
+          }
+        }
         if (smoothing || standardize) {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
@@ -440,7 +457,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
     if (pass == 1) return;
 
     double shares[8] = {loss_share,     logit_share, live_share,  one_share,
-                        moment.weights, moment.sum,  moment.mean, 0};
+                        moment.weights, moment.sum,  moment.mean, mse_share};
     if constexpr (kStatistics) {
       shares[3] = entropies[0], shares[4] = entropies[1], shares[5] = overlap;
       team.reduce(first_maxima, INT32_MAX, Minimum());
@@ -450,7 +467,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
     const float counted = smoothing ? static_cast<float>(shares[2]) : live;
     mean_slope = static_cast<float>(shares[4]);
     if (leader) {
-      float soft_term = soft_scale * others_loss;
+      float soft_term = product(soft_scale, others_loss);
       float label_term = kDecoupled ? soft_scale * label_loss : label_loss;
       if constexpr (kLabelled) soft_term = label_term + product(second, soft_term);
       float hard_term = 0;
@@ -461,15 +478,17 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
         hard_term *= hard_weight;
       }
       const float z_term = params.z_loss != 0 ? z_loss * lse * lse : 0.0f;
-      write(params.loss, r, scale * (soft_term + hard_term + z_term));
+      const float mse_term = mse ? mse_weight * static_cast<float>(shares[7]) : 0.0f;
+      write(params.loss, r, scale * (soft_term + hard_term + z_term + mse_term));
       if (params.terms != nullptr) {
-        const float terms[4] = {kStatistics ? static_cast<float>(shares[3]) : soft_term,
-                                kStatistics ? static_cast<float>(shares[4]) : hard_term,
-                                kStatistics ? static_cast<float>(shares[5]) : z_term,
-                                !kStatistics                         ? label_term
-                                : first_maxima[0] == first_maxima[1] ? 1.0f
-                                                                     : 0.0f};
-        for (int k = 0; k < 4; ++k) write(params.terms, k * params.rows + r, scale * terms[k]);
+        const float terms[kTerms] = {kStatistics ? static_cast<float>(shares[3]) : soft_term,
+                                     kStatistics ? static_cast<float>(shares[4]) : hard_term,
+                                     kStatistics ? static_cast<float>(shares[5]) : z_term,
+                                     !kStatistics                         ? label_term
+                                     : first_maxima[0] == first_maxima[1] ? 1.0f
+                                                                          : 0.0f,
+                                     mse_term};
+        for (int k = 0; k < kTerms; ++k) write(params.terms, k * params.rows + r, scale * terms[k]);
       }
     }
     if (moments && !kStatistics) {
@@ -546,12 +565,13 @@ template <typename T, Divergence kDivergence>
 cudaError_t launch_type(const LogitLossParams& params, void* stream) {
   constexpr int kLanes = kPacketBytes / sizeof(T);
   const Phase phase = Phase::of<T>(params.input, params.input_stride, params.rows);
-  const auto agrees = [&](const void* tensor, int64_t stride) {
-    return tensor == nullptr || Phase::of<T>(tensor, stride, params.rows) == phase;
+  const auto agrees = [&](const void* tensor, int64_t stride, size_t size) {
+    return tensor == nullptr || Phase::of<T>(tensor, stride, params.rows, size) == phase;
   };
-  const bool packets =
-      (kDivergence == Divergence::kNone || agrees(params.target, params.target_stride)) &&
-      agrees(params.grad_input, params.grad_stride);
+  const size_t grad_size = params.grad_dtype == DType::kFloat32 ? 4 : 2;
+  const bool packets = (kDivergence == Divergence::kNone ||
+                        agrees(params.target, params.target_stride, sizeof(T))) &&
+                       agrees(params.grad_input, params.grad_stride, grad_size);
   if (!packets) return launch_packets<T, 1, kDivergence>(params, 0, stream);
   return launch_packets<T, kLanes, kDivergence>(params, phase.max_lead<T>(), stream);
 }

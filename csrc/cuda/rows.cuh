@@ -198,8 +198,8 @@ KDK_DEVICE void write(void* per_row, int64_t row, float value) {
   if (per_row != nullptr) static_cast<float*>(per_row)[row] = value;
 }
 
-template <typename T, int V, typename Team>
-KDK_DEVICE void fill_row(const PacketLayout<T, V>& layout, T* row, float value, Team team) {
+template <typename T, int V, typename Row, typename Team>
+KDK_DEVICE void fill_row(const PacketLayout<T, V>& layout, const Row& row, float value, Team team) {
   if (row == nullptr) return;
   float values[V];
 #pragma unroll
@@ -220,16 +220,18 @@ struct Moment {
   }
 };
 
-// Where a tensor's rows start with respect to packet boundaries, in bytes: the first, and each next
-// one's step.
+// Where a tensor's rows start with respect to packet boundaries, in bytes of T: the first, and each
+// next one's step.
 struct Phase {
   uint64_t first;
   uint64_t step;
 
+  // `size` is that of the tensor's own elements: a packet has as many of them as of T.
   template <typename T>
-  static Phase of(const void* tensor, int64_t stride, int64_t rows) {
-    return {reinterpret_cast<uintptr_t>(tensor) % kPacketBytes,
-            rows > 1 ? static_cast<uint64_t>(stride) * sizeof(T) % kPacketBytes : 0};
+  static Phase of(const void* tensor, int64_t stride, int64_t rows, size_t size = sizeof(T)) {
+    constexpr uint64_t kLanes = kPacketBytes / sizeof(T);
+    return {reinterpret_cast<uintptr_t>(tensor) / size % kLanes * sizeof(T),
+            rows > 1 ? static_cast<uint64_t>(stride) % kLanes * sizeof(T) : 0};
   }
 
   // The most elements that may lie between a boundary and the start of a row.

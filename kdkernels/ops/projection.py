@@ -6,7 +6,7 @@
 
 Rounding logits to bfloat16 costs 5 to 14 % of the gradient as the student nears the teacher, and casting them up
 afterwards recovers nothing; so half-precision products are summed, and left, in float32. The products themselves are
-torch's, except that of two bfloat16 matrices into float32 on a CPU, which torch does not have (csrc/cpu/linear.cpp).
+torch's, except that of two bfloat16 matrices into float32 on a CPU, which torch does not have (csrc/cpu/bf16_linear.cpp).
 
 On the CPU, float32 products go through oneDNN where torch has it: its AVX-512 kernels are up to twice as fast on AMD
 processors as those of the BLAS behind `torch.mm`, and as fast elsewhere.
