@@ -33,6 +33,9 @@ OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher
 ROWS, FAMILY, DIVERGENCES = (f"kdkernels/ops/{stem}.py" for stem in ("rows", "logit_loss", "divergences"))
 CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.py"
 
+LINEAR, PROJECTION = "kdkernels/ops/linear_loss.py", "kdkernels/ops/projection.py"
+STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/shared_classifier_loss.py"
+
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
     chosen = " or ".join(words) or "loss_and_gradients or last_class or masked"
@@ -49,6 +52,10 @@ def multi(*words: str) -> str:
 
 def family(backend: str, words: str) -> str:
     return f"tests/test_logit_loss.py -k '{backend} and ({words})'"
+
+
+def linear(backend: str, words: str, op: str = "linear_loss") -> str:
+    return f"tests/test_{op}.py -k '{backend} and ({words})'"
 
 
 MUTATIONS = [
@@ -145,6 +152,57 @@ MUTATIONS = [
     Mutation("cpu family: one-hot of the label missing", CPU_FAMILY, "const double onehot = scale *", "const double onehot = 0 *", family("cpu", "every_loss")),
     Mutation("cpu family: gradient of a constant row", CPU_FAMILY, "const double flat = spread && s_spread.flat() ? 0 : 1;", "const double flat = 1;", family("cpu", "constant")),
     Mutation("cpu family: terms not written", CPU_FAMILY, "if (terms_out != nullptr) {", "if (false) {", family("cpu", "statistics")),
+    Mutation("linear: zero gradient of the head", LINEAR, "add_grad_weight_(sums, grad, x, first)", "add_grad_weight_(sums, 0 * grad, x, first)", linear("cpu", "every_loss")),
+    Mutation("linear: sign of the head's gradient", LINEAR, "add_grad_weight_(sums, grad, x, first)", "add_grad_weight_(sums, -grad, x, first)", linear("cpu", "every_loss")),
+    Mutation("linear: zero gradient of the features", LINEAR, "_put(of_x, rows, features)", "_put(of_x, rows, 0 * features)", linear("cpu", "every_loss")),
+    Mutation("linear: zero gradient of the bias", LINEAR, "part.copy_(total) if first", "part.zero_() if first", linear("cpu", "every_loss")),
+    Mutation("linear: soft term without T²", FAMILY, "soft_scale_value *= input_temperature_value**2", "pass", linear("cpu", "every_loss")),
+    Mutation("linear: soft term of a sparse teacher without T²", LINEAR, "factor = squared * spec.soft_weight", "factor = spec.soft_weight", linear("cpu", "log_probs")),
+    Mutation("linear: derivative of a sparse teacher's T² missing", LINEAR, "of_temperature.add_(soft / temperature, alpha=2)", "pass", linear("cpu", "log_probs")),
+    Mutation("linear: a sparse teacher's hard term missing in the gradient", LINEAR, "wanted.add_(in_place)", "pass", linear("cpu", "log_probs")),
+    Mutation("linear: reference looks at masked rows", LINEAR, "        student = torch.where(mask[..., None], student, 0)\n", "", linear("reference", "anything")),
+    Mutation("linear: mask ignored", LINEAR, "live, mask = mask.nonzero()[:, 0], None", "live, mask = torch.arange(mask.numel()), None", linear("cpu", "anything or row_arguments")),
+    Mutation("linear: rows that do not count keep what memory held", LINEAR, "for i in (0, 3, 6, 7))):", "for i in (3, 6, 7))):", linear("cpu", "anything")),
+    Mutation("linear: one head's second part missing", LINEAR, "heads = gradients[1:3] if call.tied", "heads = [None, None] if call.tied", linear("cpu", "one_head_for_both")),
+    Mutation("linear: one head's second part over the first", LINEAR, "first = first and not (call.tied and grad is not None)", "pass", linear("cpu", "one_head_for_both")),
+    Mutation("linear: one head's biases taken for one", LINEAR, "and _same_memory(bias, target_bias)", "", linear("cpu", "one_head_for_both")),
+    Mutation("linear: later chunks a row short", LINEAR, "min(begin + call.chunk_rows, rows))", "min(begin + call.chunk_rows, rows) - (begin > 0))", linear("cpu", "size_of_a_chunk or a_chunk_is")),
+    Mutation("linear: later chunks over the first", LINEAR, "begin == 0, mask, outputs)", "True, mask, outputs)", linear("cpu", "size_of_a_chunk")),
+    Mutation("linear: softcap's derivative missing", LINEAR, "    if cap:\n        grad.mul_(", "    if False:\n        grad.mul_(", linear("cpu", "scale_and_cap")),
+    Mutation("linear: logit_scale missing in the gradient", LINEAR, "        grad.mul_(scale)\n", "        pass\n", linear("cpu", "scale_and_cap")),
+    Mutation("linear: a number's scale missing in the gradient", LINEAR, "        grad.mul_(scale_value)\n", "        pass\n", linear("cpu", "scale_and_cap")),
+    Mutation("linear: the bias's part of the scale's gradient missing", LINEAR, "of_scale += torch.where(total == 0, 0, total * bias).sum()", "pass", linear("cpu", "scale_and_cap")),
+    Mutation("linear: no mass times −inf", LINEAR, "torch.where(total == 0, 0, total * bias).sum()", "(total * bias).sum()", linear("cpu", "learnt_scale")),
+    Mutation("linear: the scale's gradient times the scale", LINEAR, "            x.div_(scale)\n", "            pass\n", linear("cpu", "scale_and_cap")),
+    Mutation("linear: upstream gradient not applied", LINEAR, "scale_rows_(gradient, upstream.contiguous(), options.backend)", "pass", linear("cpu", "upstream or every_loss")),
+    Mutation("linear: upstream gradient not applied to sums", LINEAR, "                    gradient.mul_(upstream)\n", "                    pass\n", linear("cpu", "upstream or every_loss")),
+    Mutation("linear: rows' upstream gradients ignored", LINEAR, "row_scale = (upstream * (", "row_scale = (torch.ones_like(upstream) * (", linear("cpu", "upstream or row_arguments")),
+    Mutation("linear: buffer handed out twice", LINEAR, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", linear("cpu", "twice")),
+    Mutation("linear: gradient of weights missing its factor", LINEAR, "of_weights = rows * grad_output *", "of_weights = rows *", linear("cpu", "row_arguments")),
+    Mutation("linear: double backward without the upstream gradient", LINEAR, "wanted, grad_output, create_graph=True", "wanted, torch.ones_like(grad_output), create_graph=True", linear("cpu", "double or gradcheck")),
+    Mutation("linear: padding's gradient is what memory held", LINEAR, " or x.shape[0] != call.classes", "", linear("cpu", "valid_classes")),
+    Mutation("linear: teacher's classes from where the student's start", LINEAR, "start = call.start if call.tied else call.target_start", "start = call.start", linear("cpu", "valid_classes")),
+    Mutation("linear: a sparse teacher's indices of the whole head", LINEAR, "else indices - call.start", "else indices", linear("cpu", "log_probs_in_a_range")),
+    Mutation("linear: a frozen head multiplied all the same", LINEAR, "if of_x is not None or of_scale is not None:", "if True:", "tests/test_linear_loss.py -k frozen"),
+    Mutation("linear: a head not looked at gets a gradient", LINEAR, "if tied or kind != HIDDEN:", "if tied:", linear("cpu", "not_looked_at")),
+    Mutation("linear: logits rounded to the input's dtype", LINEAR, "student = projection.logits(x, weight, bias)", "student = projection.logits(x, weight, bias).to(x.dtype).to(dtype)", "tests/test_linear_loss.py -k near_convergence"),
+    Mutation("linear: autocast not followed", LINEAR, "return [cast.get(id(x), x) for x in tensors]", "return list(tensors)", linear("cpu", "autocast")),
+    Mutation("linear: chunks longer than the most", LINEAR, "most = most // step * step", "most += 0", "tests/test_linear_loss.py -k plan"),
+    Mutation("linear: float16's gradients rounded before a loss scale", PROJECTION, "if x.dtype == torch.float16 or (", "if (", linear("cpu", "loss_scale")),
+    Mutation("linear: bfloat16 sums over many chunks", PROJECTION, "chunks > FEW_CHUNKS", "chunks > 10**6", "tests/test_linear_loss.py -k many_chunks"),
+    Mutation("linear: a bias's stride ignored", PROJECTION, "None if bias is None else bias.contiguous()", "bias", "tests/test_linear_loss.py -k strides_of"),
+    Mutation("linear statistics: without T²", STATISTICS, "factor = spec.soft_weight * (t * t if spec.squared else 1.0)", "factor = spec.soft_weight", linear("cpu", "full_form", "teacher_statistics")),
+    Mutation("linear statistics: without the bias", STATISTICS, " + statistics.offset", "", linear("cpu", "full_form", "teacher_statistics")),
+    Mutation("linear statistics: without the scale", STATISTICS, "inner * (scale / t)", "inner / t", linear("cpu", "logit_scale", "teacher_statistics")),
+    Mutation("linear statistics: m kept with the wrong sign", STATISTICS, "rest = -factor *", "rest = factor *", linear("cpu", "full_form", "teacher_statistics")),
+    Mutation("linear statistics: masked rows looked at", STATISTICS, "x = torch.where(counts[..., None], x, 0)", "pass", linear("cpu", "all_that_a_row", "teacher_statistics")),
+    Mutation("linear statistics: precision ignored", STATISTICS, "> statistics.precision", "> 1e30", "tests/test_teacher_statistics.py -k precision"),
+    Mutation("linear statistics: p − e_r from p", STATISTICS, "p.scatter_(1, top[:, None], -p.sum(1, keepdim=True))", "p.scatter_(1, top[:, None], 0)", linear("cpu", "full_form", "teacher_statistics")),
+    Mutation("linear shared: teacher not detached", SHARED, "    if detach_teacher:", "    if False:", linear("cpu", "detached", "shared_classifier_loss")),
+    Mutation("linear shared: features' MSE without its weight", SHARED, "reduce_rows(feature_mse_weight * of_features", "reduce_rows(of_features", linear("cpu", "formula", "shared_classifier_loss")),
+    Mutation("linear shared: logits of resized maps", SHARED, "pooled = pooled if maps[0] is student else _pool(student, counts)", "pass", linear("cpu", "formula", "shared_classifier_loss")),
+    Mutation("linear shared: ignored samples in the features' MSE", SHARED, "counts = labelled if counts is None else counts & labelled", "pass", linear("cpu", "row_arguments or anything", "shared_classifier_loss")),
+    Mutation("linear shared: projector's bias missing", SHARED, "weight[:, :, None], bias)", "weight[:, :, None], None)", linear("cpu", "formula", "shared_classifier_loss")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 
