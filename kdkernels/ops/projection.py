@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backend import bf16_linear, has_bf16_linear, statistics_dtype
+from kdkernels.ops.rows import as_matrix
 
 # Elements of a tile of grad_weight, or of a head that is cast up: 4 MiB of float32 stay in the cache between the
 # product that makes them and the sum that takes them (1024 to 8192 classes of 512 features measured alike).
@@ -86,7 +87,8 @@ def logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (c, D),
         return _product(x, weight, bias)
     if x.device.type == "cpu" and native_half(x):
         out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
-        bf16_linear(x, weight, bias, out)
+        bias = None if bias is None else bias.contiguous()
+        bf16_linear(as_matrix(x), as_matrix(weight), bias, out)
         return out
     if x.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
         out = torch.mm(x, weight.T, out_dtype=dtype)  # type: ignore[call-overload]
