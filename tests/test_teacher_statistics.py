@@ -182,6 +182,23 @@ def test_what_is_kept_is_float32(dtype):
     assert kept.features.dtype == dtype and torch.equal(kept.indices, truth.indices)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_strides(dtype):
+    """Hidden states and heads that are transposed, a bias with a stride."""
+    a = shared_head((64,), 700, 64, dtype=dtype, temperature=T)
+    expected = keep(a)
+    views = {
+        "teacher": a["teacher"].T.contiguous().T,
+        "student_weight": a["student_weight"].T.contiguous().T,
+        "student_bias": torch.stack((a["student_bias"], a["student_bias"] + 3), 1)[:, 0],
+    }
+    for name, view in views.items():
+        kept = keep({**a, name: view})
+        for part in ("direction", "offset", "entropy"):
+            got, true = getattr(kept, part), getattr(expected, part)
+            assert (got - true).abs().max() <= 100 * EPS32 * true.abs().max(), (name, part)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision(backend, dtype):
     if dtype not in DTYPES[backend] or (backend == "triton" and dtype == torch.bfloat16):
