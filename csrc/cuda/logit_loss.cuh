@@ -169,7 +169,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   const bool hard = params.hard_weight != 0;
   const bool smoothing = hard && params.label_smoothing != 0;
   const bool raw = hard || params.z_loss != 0;
-  const bool mse = kPair && params.logit_mse != 0;
+  const bool mse = kPair && !kStatistics && params.logit_mse != 0;
   const bool leader = team.rank() == 0;
 
   const T* input_row = static_cast<const T*>(params.input) + r * params.input_stride;
@@ -345,8 +345,7 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
   const float smoothed = static_cast<float>(params.label_smoothing);
   const float raw_gain = raw ? scale * (hard_weight + 2 * z_loss * lse) : 0.0f;
   const float hard_gain = scale * hard_weight * (1 - smoothed);
-  const float mse_weight = static_cast<float>(params.logit_mse / params.classes);
-  const float mse_gain = scale * 2 * mse_weight;
+  const float mse_gain = scale * static_cast<float>(2 * params.logit_mse / params.classes);
 
   // The standard deviation is a temperature too: its part of the gradient is a multiple of z -
   // mean.
@@ -382,40 +381,42 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
     if (sums_now || writes_now) {
       row.visit_anew([&](int packet, const float (&s)[V], const float (&t)[V]) {
         const int first_class = layout.first_class(packet);
-        float gradient[V], weight[V], q[V], z[V];
+        float gradient[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const bool is_label = first_class + i == label;
           const float own = kLabelled && is_label ? -INFINITY : s[i];
           const float own_target = kLabelled && is_label ? -INFINITY : t[i];
-          z[i] = own - input_max;
-          q[i] = exp2_approximate(z[i] * input_factor) * input_norm;
+          const float q = exp2_approximate((own - input_max) * input_factor) * input_norm;
           const float p = exp2_approximate((own_target - target_max) * target_factor) * target_norm;
-          const ClassTerm term = term_of(own, own_target, q[i], p);
+          const ClassTerm term = term_of(own, own_target, q, p);
           loss_share += term.loss;
-          weight[i] = direct ? term.value : product(q[i], term.value);
-          gradient[i] = direct ? term.value : slope_gradient(q[i], term.value, mean_slope);
+          const float weight = direct ? term.value : product(q, term.value);
+          gradient[i] = direct ? term.value : slope_gradient(q, term.value, mean_slope);
           gradient[i] = others ? others_gain * gradient[i] : 0.0f;
           if constexpr (kDecoupled) {
-            gradient[i] += is_label ? label_gain : -product(q[i], label_gain);
+            gradient[i] += is_label ? label_gain : -product(q, label_gain);
+          }
+          if (mse) {
+            const float gap = s[i] == -INFINITY && t[i] == -INFINITY ? 0.0f : s[i] - t[i];
+            const float slope = mse_gain * gap;
+            gradient[i] += slope;
+            mse_share += slope * gap;
+          }
+          if (moments) {
+            const float z = s[i] - input_max;  // at the label weight and q are 0
+            moment.add(weight, q, z > -INFINITY ? z : z_of_minus_infinity);
+          } else {
+            moment.weights += weight;
           }
           if constexpr (kStatistics) {
             entropies[0] += product(p, minus_log_p(own_target));
-            entropies[1] += product(q[i], minus_log_q(own));
-            overlap += fminf(p, q[i]);
+            entropies[1] += product(q, minus_log_q(own));
+            overlap += fminf(p, q);
             const int j = layout.contains(first_class + i) ? first_class + i : INT32_MAX;
             if (s[i] == input_max) first_maxima[0] = Minimum()(first_maxima[0], j);
             if (t[i] == target_max) first_maxima[1] = Minimum()(first_maxima[1], j);
           }
-        }
-        if (moments) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            moment.add(weight[i], q[i], z[i] > -INFINITY ? z[i] : z_of_minus_infinity);
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < V; ++i) moment.weights += weight[i];
         }
         if constexpr (kNormalized) {
 #pragma unroll
@@ -430,14 +431,6 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
           for (int i = 0; i < V; ++i) {
             gradient[i] += raw_gain * raw_q.of(s[i]);
             if (hard && first_class + i == label) gradient[i] -= hard_gain;
-          }
-        }
-        if (mse) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const float gap = s[i] == -INFINITY && t[i] == -INFINITY ? 0.0f : s[i] - t[i];
-            gradient[i] += mse_gain * gap;
-            mse_share += gap * gap;
           }
         }
         if (smoothing || standardize) {
@@ -478,17 +471,17 @@ KDK_DEVICE void logit_loss_row(const LogitLossParams& params, int64_t r, typenam
         hard_term *= hard_weight;
       }
       const float z_term = params.z_loss != 0 ? z_loss * lse * lse : 0.0f;
-      const float mse_term = mse ? mse_weight * static_cast<float>(shares[7]) : 0.0f;
-      write(params.loss, r, scale * (soft_term + hard_term + z_term + mse_term));
+      const float mse_term = 0.5f * static_cast<float>(shares[7]);  // times `scale` already
+      write(params.loss, r, scale * (soft_term + hard_term + z_term) + mse_term);
       if (params.terms != nullptr) {
-        const float terms[kTerms] = {kStatistics ? static_cast<float>(shares[3]) : soft_term,
-                                     kStatistics ? static_cast<float>(shares[4]) : hard_term,
-                                     kStatistics ? static_cast<float>(shares[5]) : z_term,
-                                     !kStatistics                         ? label_term
-                                     : first_maxima[0] == first_maxima[1] ? 1.0f
-                                                                          : 0.0f,
-                                     mse_term};
-        for (int k = 0; k < kTerms; ++k) write(params.terms, k * params.rows + r, scale * terms[k]);
+        const float terms[4] = {kStatistics ? static_cast<float>(shares[3]) : soft_term,
+                                kStatistics ? static_cast<float>(shares[4]) : hard_term,
+                                kStatistics ? static_cast<float>(shares[5]) : z_term,
+                                !kStatistics                         ? label_term
+                                : first_maxima[0] == first_maxima[1] ? 1.0f
+                                                                     : 0.0f};
+        for (int k = 0; k < 4; ++k) write(params.terms, k * params.rows + r, scale * terms[k]);
+        write(params.terms, 4 * params.rows + r, mse_term);
       }
     }
     if (moments && !kStatistics) {
