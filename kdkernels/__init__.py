@@ -12,6 +12,7 @@ from kdkernels.ops.multi_teacher_kl_div import (
     multi_teacher_kl_div_reference,
 )
 from kdkernels.ops.nkd import NKDLoss, nkd, nkd_reference
+from kdkernels.ops.pool_mse import pool_mse, pool_mse_reference
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
 from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
 from kdkernels.ops.topk_kl_div import TopKKLDivLoss, topk_kl_div, topk_kl_div_reference
@@ -46,6 +47,8 @@ __all__ = [
     "multi_teacher_kl_div_reference",
     "nkd",
     "nkd_reference",
+    "pool_mse",
+    "pool_mse_reference",
     "skew_kl_div",
     "skew_kl_div_reference",
     "topk_kl_div",
