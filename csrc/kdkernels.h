@@ -194,6 +194,37 @@ struct MultiTeacherKlDivParams {
   DType dtype;
 };
 
+// Pooling of two maps of P positions, s (student) and t (teacher), and their squared distance. For
+// each sample and channel:
+//
+//   pooled_student = 1/P sum_p s_p, pooled_teacher = 1/P sum_p t_p
+//   mse            = 1/(channels P) sum_cp (s_cp - t_cp)^2
+//   grad_student   =   2 grad_mse / (channels P) (s_p - t_p) + grad_pooled_student / P
+//   grad_teacher   = - 2 grad_mse / (channels P) (s_p - t_p) + grad_pooled_teacher / P
+//
+// A null output is not computed (the first three go together), a null upstream gradient is 0, and
+// without grad_mse the maps are not read. A sample whose mask is 0 is not read: its outputs are 0.
+// The mse of a sample is the sum of its `pieces` values; the CPU takes one piece only.
+struct PoolMseParams {
+  const void* student;  // (batch, channels, positions), or (batch, positions, channels); contiguous
+  const void* teacher;  // the same
+  const uint8_t* mask;  // (batch,), or null: every sample counts
+  const void* grad_pooled_student;  // (batch, channels), or null
+  const void* grad_pooled_teacher;  // (batch, channels), or null
+  const void* grad_mse;             // (batch,) statistics, or null
+  void* pooled_student;             // (batch, channels), or null
+  void* pooled_teacher;             // (batch, channels), or null
+  void* mse;                        // (batch, pieces) statistics, or null
+  void* grad_student;               // as student, or null
+  void* grad_teacher;               // as teacher, or null
+  int64_t batch;
+  int64_t channels;
+  int64_t positions;
+  int64_t pieces;
+  bool channels_last;  // (batch, positions, channels)
+  DType dtype;
+};
+
 // grad[r, :] *= scale[r], in place. A row whose scale is exactly 1 is neither read nor written.
 struct ScaleRowsParams {
   void* grad;         // (rows, classes) contiguous
@@ -226,6 +257,7 @@ void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
 void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
+void pool_mse(const PoolMseParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
 }  // namespace cpu
@@ -235,6 +267,7 @@ namespace cuda {
 int kl_div(const KlDivParams& params, void* stream);
 int logit_loss(const LogitLossParams& params, void* stream);
 int multi_teacher_kl_div(const MultiTeacherKlDivParams& params, void* stream);
+int pool_mse(const PoolMseParams& params, void* stream);
 int topk_kl_div(const TopkKlDivParams& params, void* stream);
 int scale_rows(const ScaleRowsParams& params, void* stream);
 const char* error_string(int error);

@@ -24,6 +24,7 @@ from kdkernels.ops.shared_classifier_loss import (
     shared_classifier_loss,
     shared_classifier_loss_reference,
 )
+from kdkernels.ops.pool_mse import pool_mse, pool_mse_reference
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
 from kdkernels.ops.teacher_statistics import TeacherStatistics, precompute_teacher
 from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
@@ -71,6 +72,8 @@ __all__ = [
     "precompute_teacher",
     "shared_classifier_loss",
     "shared_classifier_loss_reference",
+    "pool_mse",
+    "pool_mse_reference",
     "skew_kl_div",
     "skew_kl_div_reference",
     "topk_kl_div",

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -362,6 +363,48 @@ def _strides(matrix: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
+def native_pool_mse(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def pool_mse(
+        student: Tensor,  # (B, C, *spatial), contiguous or channels last
+        teacher: Tensor,  # (B, C, *spatial), as the student
+        mask: Tensor | None,  # (B,)
+        grad_pooled_student: Tensor | None,  # (B, C)
+        grad_pooled_teacher: Tensor | None,  # (B, C)
+        grad_mse: Tensor | None,  # (B,)
+        pooled_student: Tensor | None,  # (B, C)
+        pooled_teacher: Tensor | None,  # (B, C)
+        mse: Tensor | None,  # (B,), or (B, pieces) that add up to it
+        grad_student: Tensor | None,  # (B, C, *spatial), as the student
+        grad_teacher: Tensor | None,  # (B, C, *spatial), as the student
+    ) -> None:
+        batch, channels, *spatial = student.shape
+        positions = math.prod(spatial)
+        run(
+            where(student),
+            _DTYPE_CODE[student.dtype],
+            batch,
+            channels,
+            positions,
+            mse.shape[1] if mse is not None and mse.dim() == 2 else 1,
+            positions == 1 or not student.is_contiguous(),
+            student.data_ptr(),
+            teacher.data_ptr(),
+            _address(mask),
+            _address(grad_pooled_student),
+            _address(grad_pooled_teacher),
+            _address(grad_mse),
+            _address(pooled_student),
+            _address(pooled_teacher),
+            _address(mse),
+            _address(grad_student),
+            _address(grad_teacher),
+        )
+
+    return pool_mse
+
+
 def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
     """As native_kl_div."""
 
@@ -386,6 +429,7 @@ NATIVE = {
     "kl_div": native_kl_div,
     "logit_loss": native_logit_loss,
     "multi_teacher_kl_div": native_multi_teacher_kl_div,
+    "pool_mse": native_pool_mse,
     "scale_rows": native_scale_rows,
     "topk_kl_div": native_topk_kl_div,
 }

@@ -166,6 +166,33 @@ MultiTeacherKlDivParams multi_teacher_kl_div_params(
   return params;
 }
 
+PoolMseParams pool_mse_params(int dtype, int64_t batch, int64_t channels, int64_t positions,
+                              int64_t pieces, bool channels_last, uintptr_t student,
+                              uintptr_t teacher, uintptr_t mask, uintptr_t grad_pooled_student,
+                              uintptr_t grad_pooled_teacher, uintptr_t grad_mse,
+                              uintptr_t pooled_student, uintptr_t pooled_teacher, uintptr_t mse,
+                              uintptr_t grad_student, uintptr_t grad_teacher) {
+  PoolMseParams params;
+  params.student = address<const void>(student);
+  params.teacher = address<const void>(teacher);
+  params.mask = address<const uint8_t>(mask);
+  params.grad_pooled_student = address<const void>(grad_pooled_student);
+  params.grad_pooled_teacher = address<const void>(grad_pooled_teacher);
+  params.grad_mse = address<const void>(grad_mse);
+  params.pooled_student = address<void>(pooled_student);
+  params.pooled_teacher = address<void>(pooled_teacher);
+  params.mse = address<void>(mse);
+  params.grad_student = address<void>(grad_student);
+  params.grad_teacher = address<void>(grad_teacher);
+  params.batch = batch;
+  params.channels = channels;
+  params.positions = positions;
+  params.pieces = pieces;
+  params.channels_last = channels_last;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
 ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, uintptr_t grad,
                                   uintptr_t scale, int64_t scale_stride) {
   return {address<void>(grad), address<const void>(scale), rows, classes,
@@ -222,6 +249,7 @@ PYBIND11_MODULE(_C, m) {
     return cpu::count_labels(address<const int64_t>(labels), rows, label);
   });
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
+  bind_cpu(m, "cpu_pool_mse", pool_mse_params, cpu::pool_mse);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
 #ifdef KDKERNELS_WITH_CUDA
@@ -229,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);
   bind_cuda(m, "cuda_multi_teacher_kl_div", multi_teacher_kl_div_params,
             cuda::multi_teacher_kl_div);
+  bind_cuda(m, "cuda_pool_mse", pool_mse_params, cuda::pool_mse);
   bind_cuda(m, "cuda_topk_kl_div", topk_kl_div_params, cuda::topk_kl_div);
   bind_cuda(m, "cuda_scale_rows", scale_rows_params, cuda::scale_rows);
   m.attr("with_cuda") = true;

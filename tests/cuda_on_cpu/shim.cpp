@@ -14,6 +14,9 @@ int kdk_multi_teacher_kl_div(const kdkernels::MultiTeacherKlDivParams* params) {
 int kdk_topk_kl_div(const kdkernels::TopkKlDivParams* params) {
   return kdkernels::cuda::topk_kl_div(*params, nullptr);
 }
+int kdk_pool_mse(const kdkernels::PoolMseParams* params) {
+  return kdkernels::cuda::pool_mse(*params, nullptr);
+}
 int kdk_scale_rows(const kdkernels::ScaleRowsParams* params) {
   return kdkernels::cuda::scale_rows(*params, nullptr);
 }
