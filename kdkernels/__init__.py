@@ -19,12 +19,12 @@ from kdkernels.ops.multi_teacher_kl_div import (
     multi_teacher_kl_div_reference,
 )
 from kdkernels.ops.nkd import NKDLoss, nkd, nkd_reference
+from kdkernels.ops.pool_mse import pool_mse, pool_mse_reference
 from kdkernels.ops.shared_classifier_loss import (
     SharedClassifierLoss,
     shared_classifier_loss,
     shared_classifier_loss_reference,
 )
-from kdkernels.ops.pool_mse import pool_mse, pool_mse_reference
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
 from kdkernels.ops.teacher_statistics import TeacherStatistics, precompute_teacher
 from kdkernels.ops.temperature import LearnableTemperature, cosine_reversal, gradient_reversal
@@ -69,11 +69,11 @@ __all__ = [
     "nkd",
     "nkd_reference",
     "plan_linear_loss",
+    "pool_mse",
+    "pool_mse_reference",
     "precompute_teacher",
     "shared_classifier_loss",
     "shared_classifier_loss_reference",
-    "pool_mse",
-    "pool_mse_reference",
     "skew_kl_div",
     "skew_kl_div_reference",
     "topk_kl_div",

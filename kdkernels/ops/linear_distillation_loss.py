@@ -9,7 +9,6 @@ kdkernels.ops.linear_loss says how it is carried out, and what it costs.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -77,7 +76,7 @@ def linear_distillation_loss(
             part of it is read once for both sides, and its gradient is that of both.
         labels: (...) integers: each row's class. May be None where ``hard_weight`` is 0; "dkd" and "nkd" then take
             the teacher's largest logit.
-        student_bias, teacher_bias: (N,). −inf is legal: a class of no mass.
+        student_bias, teacher_bias: (N,). −inf is legal without a softcap: a class of no mass.
         teacher_log_probs: instead of teacher and teacher_weight: (..., N) log-probabilities (or logits) of any
             floating dtype, divided by the teacher's temperature like logits; or, with teacher_indices, (..., k) of
             them AT ``temperature``, used as they are, as in `topk_kl_div` (soft="kl" only).

@@ -1,7 +1,7 @@
 r"""The family of losses from two rows of hidden states, through their heads, as one registered op: no tensor of the
 size rows × classes exists, neither in the forward nor in the backward.
 
-    s = cap_s tanh(a_s (x W_sᵀ + b_s) / cap_s),  t likewise from the teacher's hidden states (or given: log-probabilities)
+    s = cap_s tanh(a_s (x W_sᵀ + b_s) / cap_s),  t likewise from the teacher's hidden states, or log-probabilities
     loss = the row losses of kdkernels.ops.logit_loss on s and t, weighted and reduced
 
 Two strategies, chosen by `plan_linear_loss`:
@@ -13,8 +13,8 @@ Two strategies, chosen by `plan_linear_loss`:
 Products per step, each of 2 M N D operations: student and teacher logits, the gradient of x, that of W: 4. A head or
 features without gradient cost none; where both sides have one head, one product makes both logits.
 
-Gradient: with G = dloss/ds (cap and scale included), G W, Gᵀ x, Gᵀ 1; the teacher's likewise, by the same kernel with
-the sides exchanged. dloss/da = (Σ x·(G W) + Σ b·(Gᵀ 1)) / a needs no logits.
+Gradient: with G = dloss/ds, times what cap and scale do to it, G W, Gᵀ x, Gᵀ 1; the teacher's likewise, by the same
+kernel with the sides exchanged. That of the scale, Σ x·(G W) + Σ b·(Gᵀ 1) with G of a (x Wᵀ + b), needs no logits.
 
 Saved: the inputs, and the gradients that the forward already computed where the loss is a number, which the first
 backward hands out; any later one computes them again. Where each row has an upstream gradient of its own (reduction
@@ -42,12 +42,9 @@ from kdkernels.ops.divergences import (
     KL,
     NONE,
     OF_LABELS,
-    MIXTURE,
-    REVERSE_KL,
-    TOTAL_VARIATION,
     Spec,
 )
-from kdkernels.ops.logit_loss import TERMS, logit_loss_reference, run_logit_loss_kernels
+from kdkernels.ops.logit_loss import logit_loss_reference, run_logit_loss_kernels
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -309,9 +306,6 @@ def _run_chunks(call: Call, outputs: Sequence[Tensor | None]) -> None:
         chunk = slice(begin, min(begin + call.chunk_rows, rows))
         some = None if whole else chunk if live is None else live[chunk]
         _run_chunk(call, some, begin == 0, mask, outputs)
-    for x, scale in ((gradients[8], call.scale), (gradients[9], call.target_scale)):
-        if x is not None:
-            x.div_(scale)
 
 
 # Which rows a chunk has: all, some in a row, or those that count.
@@ -330,7 +324,10 @@ def _run_chunk(
         x = torch.where(mask[:, None], x, 0)
         if call.kind in (HIDDEN, LOGITS):
             target = torch.where(mask[:, None], target, 0)
-    weight, bias = _classes(call.weight, call.start, call.classes), _classes(call.bias, call.start, call.classes)
+    weight, bias = (
+        _classes(call.weight, call.start, call.classes),
+        _classes(call.bias, call.start, call.classes),
+    )
     target_weight, target_bias = weight, bias
     if not call.tied:
         target_weight = _classes(call.target_weight, call.target_start, call.classes)
@@ -340,8 +337,14 @@ def _run_chunk(
     student = teacher = None
     if call.kind == HIDDEN:
         assert target is not None and target_weight is not None
-        if _same_memory(weight, target_weight) and _same_memory(bias, target_bias) and x.dtype == target.dtype:
-            both = projection.logits(torch.cat((x, target)), weight, bias)  # each part of the head is read once
+        if (
+            _same_memory(weight, target_weight)
+            and _same_memory(bias, target_bias)
+            and x.dtype == target.dtype
+        ):
+            both = projection.logits(
+                torch.cat((x, target)), weight, bias
+            )  # each part of the head is read once
             student, teacher = both[: x.shape[0]], both[x.shape[0] :]
         else:
             teacher = projection.logits(target, target_weight, target_bias)
@@ -406,9 +409,7 @@ def _run_chunk(
             _put(gradients[3], rows, of_log_probs)
     else:
         filled = (pieces[0], pieces[1], grad, grad_teacher, pieces[2], pieces[3])
-        run_logit_loss_kernels(
-            filled, student, teacher, *shared, call.spec, 0, 0, call.classes, call.backend
-        )
+        run_logit_loss_kernels(filled, student, teacher, *shared, call.spec, 0, 0, call.classes, call.backend)
     for whole, part in zip(outs, pieces):
         if part is not whole and not (isinstance(rows, slice) and part is not None and part.dim() == 1):
             if whole is not None and whole.dim() == 2:
@@ -417,9 +418,10 @@ def _run_chunk(
                 _put(whole, rows, part)
 
     if grad is not None:
-        _transform_back(grad, student, call.scale, call.scale_value, call.cap)
+        _uncap(grad, student, call.cap)
+        scale = call.scale_value if call.scale is None else call.scale
         of_side = (gradients[0], gradients[1], gradients[2], gradients[8])
-        _backproject(grad, x, weight, bias, of_side, rows, call.start, first)
+        _backproject(grad, x, weight, bias, scale, of_side, rows, call.start, first)
     if grad_teacher is not None:
         assert teacher is not None and target is not None
         if call.kind == LOGITS:
@@ -432,12 +434,13 @@ def _run_chunk(
             _put(whole, rows, grad_teacher)
             return
         assert target_weight is not None
-        _transform_back(grad_teacher, teacher, call.target_scale, call.target_scale_value, call.target_cap)
+        _uncap(grad_teacher, teacher, call.target_cap)
+        scale = call.target_scale_value if call.target_scale is None else call.target_scale
         start = call.start if call.tied else call.target_start
         heads = gradients[1:3] if call.tied else gradients[4:6]
         of_side = (gradients[3], heads[0], heads[1], gradients[9])
         first = first and not (call.tied and grad is not None)
-        _backproject(grad_teacher, target, target_weight, target_bias, of_side, rows, start, first)
+        _backproject(grad_teacher, target, target_weight, target_bias, scale, of_side, rows, start, first)
 
 
 def _of_rows(x: Tensor | None, rows: Rows) -> Tensor | None:
@@ -472,14 +475,10 @@ def _transform(logits: Tensor, scale: Tensor | None, scale_value: float, cap: fl
         logits.div_(cap).tanh_().mul_(cap)
 
 
-def _transform_back(grad: Tensor, logits: Tensor, scale: Tensor | None, scale_value: float, cap: float) -> None:
-    """In place: the gradient of u from that of cap tanh(scale u / cap)."""
+def _uncap(grad: Tensor, logits: Tensor, cap: float) -> None:
+    """In place: the gradient of u from that of the logits cap tanh(u / cap)."""
     if cap:
         grad.mul_(torch.addcmul(torch.ones_like(logits), logits, logits, value=-1 / cap**2))
-    if scale is not None:
-        grad.mul_(scale)
-    elif scale_value != 1:
-        grad.mul_(scale_value)
 
 
 def _backproject(
@@ -487,29 +486,31 @@ def _backproject(
     x: Tensor,  # (c, D)
     weight: Tensor,  # (classes, D)
     bias: Tensor | None,  # (classes,)
+    scale: Scale,  # of x Wᵀ + b
     of_side: Sequence[Tensor | None],  # (M, D), (N, D), (N,), ()
     rows: Rows,
     start: int,
     first: bool,
 ) -> None:
     of_x, of_weight, of_bias, of_scale = of_side
-    classes = weight.shape[0]
+    classes, scaled = weight.shape[0], isinstance(scale, Tensor) or scale != 1
     if of_x is not None or of_scale is not None:
         features = projection.grad_features(grad, weight)
-        _put(of_x, rows, features)
         if of_scale is not None:
             of_scale += (features.to(of_scale.dtype) * x).sum()
+        _put(of_x, rows, features.mul_(scale) if scaled else features)
+    if of_bias is not None or (of_scale is not None and bias is not None):
+        total = grad.sum(0, dtype=statistics_dtype(x.dtype))
+        if of_scale is not None and bias is not None:
+            of_scale += torch.where(total == 0, 0, total * bias).sum()  # a class of no mass has −inf here
+        if of_bias is not None:
+            total = total * scale if scaled else total
+            part = of_bias.narrow(0, start, classes)
+            part.copy_(total) if first else part.add_(total)
     if of_weight is not None:
         sums = _classes(of_weight, start, classes)
         assert sums is not None
-        projection.add_grad_weight_(sums, grad, x, first)
-    if of_bias is not None or (of_scale is not None and bias is not None):
-        total = grad.sum(0, dtype=statistics_dtype(x.dtype))
-        if of_bias is not None:
-            part = of_bias.narrow(0, start, classes)
-            part.copy_(total) if first else part.add_(total)
-        if of_scale is not None and bias is not None:
-            of_scale += torch.where(total == 0, 0, total * bias).sum()  # a class of no mass has −inf here
+        projection.add_grad_weight_(sums, grad.mul_(scale) if scaled else grad, x, first)
 
 
 def _fill_topk(
@@ -609,7 +610,9 @@ def projected(
     dtype: torch.dtype,
 ) -> Tensor:
     """A side's logits in `dtype`: cap tanh(scale (x Wᵀ + b) / cap)."""
-    logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = torch.nn.functional.linear(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
     if isinstance(scale, Tensor):  # −inf stays, and has no part in the scale's gradient
         live = logits != -torch.inf
         logits = torch.where(live, torch.where(live, logits, 0) * scale, logits)
@@ -684,7 +687,13 @@ def linear_loss_reference(
     rest = spec._replace(divergence=NONE)
     each, terms = logit_loss_reference(s, None, labels, 1.0, 1.0, None, mask, rest, "none")
     soft = topk_kl_div_reference(
-        s, teacher, indices - start, temperature=temperature, tail=TAILS[options.tail], mask=mask, reduction="none"
+        s,
+        teacher,
+        indices - start,
+        temperature=temperature,
+        tail=TAILS[options.tail],
+        mask=mask,
+        reduction="none",
     )
     soft = soft * spec.soft_weight * (temperature**2 if spec.squared else 1.0)
     terms = torch.cat((soft.detach()[None], terms[1:]))
@@ -763,7 +772,7 @@ class _LinearLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         upstream, of_weights = grad_output, None
         *saved, row_scale, rows = ctx.saved_tensors
-        tensors, numbers, (weights, indices, labels, mask) = saved[:6], saved[6:10], saved[10:]
+        tensors, numbers, (indices, labels, mask) = saved[:6], saved[6:10], saved[11:]
         if gradients is None and any(needs[:10]):
             scale_value = ctx.scale_value
             if ctx.later:
@@ -772,9 +781,7 @@ class _LinearLoss(torch.autograd.Function):
                 )
                 row_scale, scale_value = row_scale.contiguous(), 1.0
             numbers = [a if b is None else b for a, b in zip(ctx.numbers, numbers)]
-            call = _call(
-                tensors, numbers, indices, labels, mask, row_scale, scale_value, options, needs[:10]
-            )
+            call = _call(tensors, numbers, indices, labels, mask, row_scale, scale_value, options, needs[:10])
             with _no_autocast(tensors[0]):
                 gradients = _run(False, call._replace(with_terms=False))
         if needs[10]:
@@ -1045,7 +1052,11 @@ def _check_teacher(
 ) -> int:
     """What kind of teacher it is that the arguments give."""
     if log_probs is not None or indices is not None:
-        for name, value in (("teacher", teacher), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
+        for name, value in (
+            ("teacher", teacher),
+            ("teacher_weight", teacher_weight),
+            ("teacher_bias", teacher_bias),
+        ):
             if value is not None:
                 raise TypeError(f"{name} must be None where teacher_log_probs is given, got {kind_of(value)}")
         if indices is not None:
@@ -1116,7 +1127,9 @@ def _ranges(
                 "teacher_valid_classes is not given"
             )
         return start, start, stop - start
-    teacher_start, teacher_stop = check_range(teacher_valid_classes, "teacher_valid_classes", there, "teacher")
+    teacher_start, teacher_stop = check_range(
+        teacher_valid_classes, "teacher_valid_classes", there, "teacher"
+    )
     if teacher_stop - teacher_start != stop - start:
         raise ValueError(
             f"valid_classes and teacher_valid_classes must be equally long, got ({start}, {stop}) and "

@@ -2,7 +2,8 @@ r"""The family of losses from two rows of logits, as one registered op: a soft t
 cross-entropy, z-loss and logit MSE in one read of both logits and one write of one gradient. The public losses (jsd,
 dkd, distillation_loss, ...) are calls of `logit_loss` with a `Spec`; kdkernels.ops.divergences has their formulas.
 
-    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)² + logit_mse mean (student − teacher)²
+    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)²
+           + logit_mse mean (student − teacher)²
     loss = the rows times their weights, reduced over those that count
 
 A row counts where the mask is True and its label is not `ignore_index`.
@@ -88,7 +89,9 @@ def logit_loss_reference(
         labels = torch.where(wrong, 0, labels)
     student, teacher = student.to(dtype), None if teacher is None else teacher.to(dtype)
     # Zeros that have a graph, whatever is switched off.
-    soft = first = hard = z = mse = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(-1)
+    soft = first = hard = z = mse = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(
+        -1
+    )
     if spec.divergence != NONE:
         assert teacher is not None
         soft, first = soft_rows(student, teacher, labels, temperature, teacher_temperature, spec)
@@ -485,9 +488,7 @@ class LogitLoss(nn.Module):
         super().__init__()
         parameters = inspect.signature(type(self).function).parameters.values()
         known = {
-            p.name: p.default
-            for p in parameters
-            if p.kind is p.KEYWORD_ONLY and p.name not in self.per_call
+            p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.per_call
         }
         for name in options:
             if name not in known:
@@ -500,7 +501,9 @@ class LogitLoss(nn.Module):
     def forward(self, *inputs: Any, **given: Tensor | None) -> Any:
         for name in given:
             if name not in self.per_call:
-                raise TypeError(f"{type(self).__name__} takes {', '.join(self.per_call)} with a call; got {name!r}")
+                raise TypeError(
+                    f"{type(self).__name__} takes {', '.join(self.per_call)} with a call; got {name!r}"
+                )
         return type(self).function(*inputs, **given, **{name: getattr(self, name) for name in self._names})
 
     def extra_repr(self) -> str:

@@ -123,13 +123,17 @@ def shared_classifier_loss(
     statistics = teacher if isinstance(teacher, TeacherStatistics) else None
     features = teacher if statistics is None else statistics.features
     if statistics is not None and features is None and feature_mse_weight:
-        raise ValueError("teacher must hold its features (keep_features=True) where feature_mse_weight is not 0")
+        raise ValueError(
+            "teacher must hold its features (keep_features=True) where feature_mse_weight is not 0"
+        )
     _check_features(student, "student")
     if statistics is None or features is not None:
         _check_features(features, "teacher")
         assert features is not None
         if features.shape[0] != student.shape[0]:
-            raise ValueError(f"teacher must have the student's {student.shape[0]} samples, got {features.shape[0]}")
+            raise ValueError(
+                f"teacher must have the student's {student.shape[0]} samples, got {features.shape[0]}"
+            )
         if features.dtype != student.dtype:
             raise TypeError(f"teacher must have the student's dtype {student.dtype}, got {features.dtype}")
     if projector_weight is None and projector_bias is not None:
@@ -197,7 +201,9 @@ def shared_classifier_loss(
     if terms is None:
         return loss
     named = named_terms(terms, soft)
-    named["feature_mse"] = torch.zeros_like(named["soft"]) if of_features_loss is None else of_features_loss.detach()
+    named["feature_mse"] = (
+        torch.zeros_like(named["soft"]) if of_features_loss is None else of_features_loss.detach()
+    )
     return loss, named
 
 
@@ -234,7 +240,9 @@ def _pool(x: Tensor, counts: Tensor | None) -> Tensor:  # (B, C, ...) -> (B, C)
     return x if counts is None else torch.where(counts[:, None], x, 0)
 
 
-def project(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # (B, D_s, ...) -> (B, D_t, ...)
+def project(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:  # (B, D_s, ...) -> (B, D_t, ...)
     """The linear map of features, or of each place of a map."""
     if weight is None:
         return x
