@@ -225,7 +225,8 @@ def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) 
         logit_mse: float,
         loss: Tensor | None,  # (M,)
         terms: Tensor | None,  # (5, M)
-        grad_input: Tensor | None,  # (M, N) of input's dtype, or a half of float32 logits; may be input itself
+        grad_input: Tensor
+        | None,  # (M, N) of input's dtype, or a half of float32 logits; may be input itself
         grad_input_temperature: Tensor | None,  # (M,)
     ) -> None:
         rows, classes = input.shape

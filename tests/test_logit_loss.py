@@ -185,7 +185,9 @@ def textbook(case, student, teacher, labels, temperature, teacher_temperature, *
     hard = F.cross_entropy(student, labels, label_smoothing=smoothing, reduction="none")
     square = 1 if soft == "nkd" else temperature**2
     z = torch.logsumexp(student, -1) ** 2
-    return soft_weight * square * textbook_soft(soft, *rows, **options) + hard_weight * hard + z_loss * z + mse
+    return (
+        soft_weight * square * textbook_soft(soft, *rows, **options) + hard_weight * hard + z_loss * z + mse
+    )
 
 
 def assert_equal_to_rounding(got: Tensor, expected: Tensor, what: str) -> None:
@@ -665,7 +667,11 @@ def test_logit_mse_alone(backend, classes):
     arguments = batch(case, "plain", (3, classes), labels=None)
     device = device_of(backend)
     upstream = torch.tensor(1.5, device=device)
-    for options in ({}, {"standardize": True, "reduction": "sum"}, {"mask": torch.tensor([True, False, True])}):
+    for options in (
+        {},
+        {"standardize": True, "reduction": "sum"},
+        {"mask": torch.tensor([True, False, True])},
+    ):
         moved = to(device, {**arguments, **options})
         mask = moved.get("mask", torch.ones(3, dtype=torch.bool, device=device))
         loss, gradients = run(partial(case, backend=backend), moved, upstream)
@@ -701,7 +707,9 @@ def test_logit_mse_of_masked_classes(backend, soft, soft_weight):
     loss = distillation_loss(**a, **options, logit_mse_weight=0.5, reduction="none", backend=backend)
     without = distillation_loss(**a, **options, reduction="none", backend=backend)
     gaps = torch.where(student == -math.inf, 0, student - teacher)[[0, 3]]
-    torch.testing.assert_close((loss - without)[[0, 3]].cpu(), 0.5 * gaps.square().mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (loss - without)[[0, 3]].cpu(), 0.5 * gaps.square().mean(1), rtol=1e-4, atol=1e-4
+    )
     assert (loss[1:3] == math.inf).all()
     gradients = torch.autograd.grad(loss[[0, 3]].sum(), (a["student"], a["teacher"]))
     for gradient in gradients:
@@ -719,7 +727,9 @@ def test_logit_mse_of_masked_classes(backend, soft, soft_weight):
 # The kernels themselves: gradients in the place of the logits, and of another dtype.
 
 
-def launch(backend: str, values: dict[str, Any], divergence: int, grad_input: Tensor, **options: Any) -> Tensor:
+def launch(
+    backend: str, values: dict[str, Any], divergence: int, grad_input: Tensor, **options: Any
+) -> Tensor:
     """Runs the kernel at temperatures 2 and 3 with all parts of the loss; gives the rows' losses."""
     input, target = values["input"], values["target"]
     loss = torch.full((input.shape[0],), math.nan, dtype=statistics_dtype(input.dtype), device=input.device)
@@ -740,18 +750,17 @@ def values_of(rows: int, classes: int, dtype: torch.dtype, backend: str) -> dict
     labels[1] = 2
     mask = torch.ones(rows, dtype=torch.bool)
     mask[2] = False
-    return to(
-        device_of(backend), {"input": input, "target": target, "labels": labels, "mask": mask}
-    )
+    return to(device_of(backend), {"input": input, "target": target, "labels": labels, "mask": mask})
 
 
 def bits(x: Tensor) -> Tensor:
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-DIVERGENCES = (
-    "none kl reverse_kl mixture total_variation decoupled reverse_decoupled normalized reverse_normalized".split()
-)
+DIVERGENCES = [
+    "none", "kl", "reverse_kl", "mixture", "total_variation", "decoupled", "reverse_decoupled", "normalized",
+    "reverse_normalized",
+]  # fmt: skip
 # Few rows and many, of which the CPU keeps more; rows that a GPU holds in registers, and one that it streams.
 SHAPES = {
     "cpu": [(3, 50), (3, 1300), (70, 50), (66, 1300)],

@@ -2,7 +2,8 @@ r"""The family of losses from two rows of logits, as one registered op: a soft t
 cross-entropy, z-loss and logit MSE in one read of both logits and one write of one gradient. The public losses (jsd,
 dkd, distillation_loss, ...) are calls of `logit_loss` with a `Spec`; kdkernels.ops.divergences has their formulas.
 
-    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)² + logit_mse mean (student − teacher)²
+    row  = soft_weight T² D(P, Q) + hard_weight CE(student, y) + z_loss lse(student)²
+           + logit_mse mean (student − teacher)²
     loss = the rows times their weights, reduced over those that count
 
 A row counts where the mask is True and its label is not `ignore_index`.
@@ -88,7 +89,9 @@ def logit_loss_reference(
         labels = torch.where(wrong, 0, labels)
     student, teacher = student.to(dtype), None if teacher is None else teacher.to(dtype)
     # Zeros that have a graph, whatever is switched off.
-    soft = first = hard = z = mse = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(-1)
+    soft = first = hard = z = mse = torch.where(torch.zeros_like(student, dtype=torch.bool), student, 0).sum(
+        -1
+    )
     if spec.divergence != NONE:
         assert teacher is not None
         soft, first = soft_rows(student, teacher, labels, temperature, teacher_temperature, spec)
@@ -138,8 +141,8 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(with_loss, arguments)
-    spec, (*ranges, _, _, backend) = Spec(*arguments[10:21]), arguments[21:]
-    run_logit_loss_kernels(outputs, *arguments[:10], spec, *ranges, backend)
+    spec, (start, target_start, classes, _, _, backend) = Spec(*arguments[10:21]), arguments[21:]
+    run_logit_loss_kernels(outputs, *arguments[:10], spec, start, target_start, classes, backend)
     return [output for output in outputs if output is not None]
 
 
@@ -204,7 +207,7 @@ def run_logit_loss_kernels(
         found = (None, None, grad_target, grad_target_temperature)
         kernel(target, input, labels, *sides, *shared, *options, *found)
     if spec.squared and grad_temperature is not None:
-        assert terms is not None
+        assert terms is not None and input_temperature is not None
         of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
         grad_temperature.add_(of_square / input_temperature, alpha=2)
 
