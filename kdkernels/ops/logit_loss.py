@@ -141,8 +141,8 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(with_loss, arguments)
-    spec, (start, target_start, classes, _, _, backend) = Spec(*arguments[10:21]), arguments[21:]
-    run_logit_loss_kernels(outputs, *arguments[:10], spec, start, target_start, classes, backend)
+    rest = (*arguments[:10], Spec(*arguments[10:21]), *arguments[21:24], arguments[-1])
+    run_logit_loss_kernels(outputs, *rest)
     return [output for output in outputs if output is not None]
 
 
