@@ -758,16 +758,9 @@ def bits(x: Tensor) -> Tensor:
 
 
 DIVERGENCES = [
-    "none",
-    "kl",
-    "reverse_kl",
-    "mixture",
-    "total_variation",
-    "decoupled",
-    "reverse_decoupled",
-    "normalized",
+    "none", "kl", "reverse_kl", "mixture", "total_variation", "decoupled", "reverse_decoupled", "normalized",
     "reverse_normalized",
-]
+]  # fmt: skip
 # Few rows and many, of which the CPU keeps more; rows that a GPU holds in registers, and one that it streams.
 SHAPES = {
     "cpu": [(3, 50), (3, 1300), (70, 50), (66, 1300)],

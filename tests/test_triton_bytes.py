@@ -151,22 +151,23 @@ def run_logit_loss(
     divergence: int,
     *names: str,
     mask: torch.Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
     **options: float,
 ) -> dict[str, torch.Tensor]:
     rows = input.shape[0]
     order = {
         "loss": (rows,),
-        "terms": (4, rows),
+        "terms": (5, rows),
         "grad_input": tuple(input.shape),
         "grad_input_temperature": (rows,),
     }
-    outputs = new_outputs({name: order[name] for name in names}, input.dtype)
-    hard = [options.get(name, 0.0) for name in ("hard_weight", "label_smoothing", "z_loss")]
+    outputs = new_outputs({name: order[name] for name in names}, grad_dtype or input.dtype)
+    hard = [options.get(name, 0.0) for name in ("hard_weight", "label_smoothing", "z_loss", "logit_mse")]
     labels = torch.arange(rows) if divergence in (5, 6, 7, 8) or hard[0] else None
     scales = (None, None, 2.0, 2.0, None, 4.0, None, 0.25, mask)
     weights = (divergence, 0.5, 1.5, 0.5, bool(options.get("standardize", False)), *hard)
     triton_logit_loss.logit_loss(
-        input, target if divergence else None, labels, *scales, *weights, *map(outputs.get, order)
+        input, target if divergence or hard[3] else None, labels, *scales, *weights, *map(outputs.get, order)
     )
     return outputs
 
@@ -183,6 +184,8 @@ LOGIT_LOSSES = [
     pytest.param(6, {}, 3, id="reverse-decoupled"),
     pytest.param(7, {}, 2, id="normalized"),
     pytest.param(8, {"standardize": True}, 4, id="reverse-normalized-standardized"),
+    pytest.param(0, {"logit_mse": 1.0}, 1, id="mse"),
+    pytest.param(2, {"logit_mse": 1.0, "hard_weight": 0.5}, 3, id="reverse-kl-mse-hard"),
 ]
 
 
@@ -195,7 +198,7 @@ def test_logit_loss(
     input, target = logits(classes, dtype)
     with count_traffic() as traffic:
         outputs = run_logit_loss(input, target, divergence, "loss", "grad_input", **options)
-    sides = 2 if divergence else 1
+    sides = 2 if divergence or "logit_mse" in options else 1
     # A label, and its logits.
     labels = {True: 8 + sides * dtype.itemsize, False: 0}[divergence in (5, 6, 7, 8)]
     if not labels and options.get("hard_weight"):
@@ -207,6 +210,7 @@ def test_logit_loss(
         divergence,
         standardize=bool(options.get("standardize")),
         hard=bool(options.get("hard_weight")),
+        mse=bool(options.get("logit_mse")),
     )
     passes = sides * (sweeps if classes == 12000 else 1) + 1
     assert claimed == ROWS * (passes * classes * dtype.itemsize + labels + 4)
@@ -225,7 +229,30 @@ def test_logit_loss_without_gradient(divergence: int, classes: int) -> None:
         run_logit_loss(input, target, divergence, "loss", "terms")
     sweeps = 2 if classes == 12000 else 1
     claimed = triton_logit_loss.bytes_moved(ROWS, classes, 4, divergence, outputs=("loss", "terms"))
-    assert traffic.total == claimed == ROWS * (2 * sweeps * classes * 4 + 20)
+    assert traffic.total == claimed == ROWS * (2 * sweeps * classes * 4 + 24)
+
+
+@pytest.mark.parametrize("classes", [100, 12000])
+def test_logit_loss_with_a_gradient_of_halves(classes: int) -> None:
+    """Two reads of float32, one write of half as much; cross-entropy with MSE takes the target in its second sweep."""
+    input, target = logits(classes, torch.float32)
+    for divergence, reads in ((1, 4), (0, 3)):
+        with count_traffic() as traffic:
+            run_logit_loss(
+                input,
+                target,
+                divergence,
+                "grad_input",
+                grad_dtype=torch.float16,
+                hard_weight=1.0,
+                logit_mse=1.0,
+            )
+        claimed = triton_logit_loss.bytes_moved(
+            ROWS, classes, 4, divergence, hard=True, mse=True, grad_itemsize=2, outputs=("grad_input",)
+        )
+        moved = 4 * (reads if classes == 12000 else 2) + 2
+        assert traffic.total == claimed == ROWS * (moved * classes + 12)
+        assert traffic.stored == ROWS * classes * 2
 
 
 @pytest.mark.parametrize("classes", [100, 12000])
@@ -239,12 +266,12 @@ def test_logit_loss_does_not_read_masked_rows(divergence: int, classes: int) -> 
             input, target, divergence, "loss", "terms", "grad_input", "grad_input_temperature", mask=mask
         )
     names = tuple(outputs)
-    stored = ROWS * (classes * 4 + 24)
-    read = triton_logit_loss.bytes_moved(1, classes, 4, divergence, outputs=names) - (classes * 4 + 24)
+    stored = ROWS * (classes * 4 + 28)
+    read = triton_logit_loss.bytes_moved(1, classes, 4, divergence, outputs=names) - (classes * 4 + 28)
     assert traffic.stored == stored
     assert traffic.loaded == int(mask.sum()) * read + ROWS
     for output in outputs.values():
-        assert not output.T[~mask].any() if output.shape[0] == 4 else not output[~mask].any()
+        assert not output.T[~mask].any() if output.shape[0] == 5 else not output[~mask].any()
     assert (outputs["loss"][mask] > 0).all()
 
 

@@ -46,6 +46,21 @@ def cases(target: str) -> list[dict[str, Any]]:
         ),
         case("logit_loss", "bfloat16", 32000, every, divergence=1, hard_weight=0.5, label_smoothing=0.1),
         case("logit_loss", "float32", 32000, MAIN, divergence=3),
+        # As the end of a linear loss: everything on, the gradient for the next product of matrices.
+        *(
+            case(
+                "logit_loss",
+                "float32",
+                classes,
+                MAIN,
+                divergence=divergence,
+                hard_weight=0.5,
+                z_loss=1e-4,
+                logit_mse=0.1,
+                grad_dtype="bfloat16",
+            )
+            for classes, divergence in ((4096, 0), (8192, 1), (4096, 7), (32000, 1), (32000, 3))
+        ),
         case("multi_teacher_kl_div", "float32", 8192, [*MAIN, "losses"], teachers=16),
         case("multi_teacher_kl_div", "bfloat16", 32000, MAIN, teachers=3),
         case("topk_kl_div", "float32", 8192, MAIN, k=64, tail=0),
@@ -100,11 +115,11 @@ def test_wide_accesses_and_no_spills(target: str, tmp_path: Path) -> None:
             failures.append(f"{line}: uses local memory")
         for kind in ("loads", "stores"):
             # Per-row vectors are narrower; the tiles must be covered by wide accesses alone.
-            wide = sum(width for width in report[kind] if width >= report["width"])
+            wide = sum(width for width in report[kind] if width >= report[f"{kind}_width"])
             if wide < report[f"tile_{kind}"]:
                 failures.append(
                     f"{line}: {wide} of {report[f'tile_{kind}']} bytes a thread are {kind} of"
-                    f" {report['width']}: {report[kind]}"
+                    f" {report[f'{kind}_width']}: {report[kind]}"
                 )
     assert not failures, "\n".join(failures)
 
@@ -124,10 +139,12 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if name not in tensors:
             return None
         if name in ("terms", "losses"):
-            return torch.empty(4 if name == "terms" else teachers, 2, device="meta")
+            return torch.empty(5 if name == "terms" else teachers, 2, device="meta")
         if name == "grad_log_probs":
             return of_k
-        return row.bool() if name == "mask" else matrix if name in ("grad_input", "grad_target") else row
+        if name in ("grad_input", "grad_target"):
+            return matrix.to(getattr(torch, options.get("grad_dtype", case["dtype"])))
+        return row.bool() if name == "mask" else row
 
     temperatures = (optional("input_temperature"), optional("target_temperature"), 2.0, 2.0)
     row_scale = (optional("row_scale"), 1.0)
@@ -142,11 +159,12 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     elif case["kernel"] == "logit_loss":
         name = "logit_loss_kernel"
         divergence = options["divergence"]
-        hard = [options.get(key, 0.0) for key in ("hard_weight", "label_smoothing", "z_loss")]
+        parts = ("hard_weight", "label_smoothing", "z_loss", "logit_mse")
+        hard = [options.get(key, 0.0) for key in parts]
         if divergence == 0:
-            hard = [1.0, 0.0, 0.0]
+            hard[0] = 1.0
         labels = row.long() if divergence in (5, 6, 7, 8) or hard[0] else None
-        target = matrix if divergence else None
+        target = matrix if divergence or hard[3] else None
         scales = (optional("soft_scale"), 4.0, *row_scale, optional("mask"))
         weights = (divergence, 0.5, 0.5, 0.5, options.get("standardize", False), *hard)
         outputs = map(optional, ("loss", "terms", "grad_input", "grad_input_temperature"))
@@ -181,8 +199,11 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
     if kernel == "logit_loss":
         divergence, standardize = options["divergence"], options.get("standardize", False)
         sides = 2 if divergence else 1
+        both = 2 if divergence or options.get("logit_mse") else 1
         later = grads and (standardize or divergence not in (0, 1, 5, 7, 9))
-        return sides * (2 + standardize + bool(later) if streamed else 1), grads
+        if not streamed:
+            return both, grads
+        return sides * (1 + standardize) + both * (1 + bool(later)), grads
     if kernel == "multi_teacher_kl_div":
         teachers = options["teachers"]
         return (2 * teachers + 1 + -(-teachers // 4) if streamed else 2), grads
@@ -239,17 +260,21 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
             ASTSource(kernel, signature, constants, attributes), target=gpu, options=options
         )
 
-    tile_bytes = arguments["BLOCK_M"] * arguments["BLOCK_N"] * getattr(torch, case["dtype"]).itemsize
-    per_thread = tile_bytes // (gpu.warp_size * options["num_warps"])
+    elements = arguments["BLOCK_M"] * arguments["BLOCK_N"] // (gpu.warp_size * options["num_warps"])
+    itemsize = getattr(torch, case["dtype"]).itemsize
+    grad_itemsize = getattr(torch, case["options"].get("grad_dtype", case["dtype"])).itemsize
     tile_loads, tile_stores = accesses(case, arguments.get("STREAMED", False))
+    width = min(16, arguments["VECTOR"] * itemsize, elements * itemsize)
     report = {
         "name": " ".join([target, *(str(case[key]) for key in ("kernel", "dtype", "lengths"))]),
         "lengths": case["lengths"],
         "limit": min(255, 65536 // (gpu.warp_size * options["num_warps"])),
         "tile": [arguments["BLOCK_M"], arguments["BLOCK_N"], options["num_warps"]],
-        "width": min(16, arguments["VECTOR"] * getattr(torch, case["dtype"]).itemsize, per_thread),
-        "tile_loads": tile_loads * per_thread,
-        "tile_stores": tile_stores * per_thread,
+        "loads_width": width,
+        # As many elements as are loaded at once.
+        "stores_width": width * grad_itemsize // itemsize,
+        "tile_loads": tile_loads * elements * itemsize,
+        "tile_stores": tile_stores * elements * grad_itemsize,
     }
     return report | (read_ptx if gpu.backend == "cuda" else read_amdgcn)(compiled.asm, log.getvalue())
 

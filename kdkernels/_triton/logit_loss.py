@@ -1,4 +1,4 @@
-"""Losses from two rows of logits in Triton: a soft term, hard cross-entropy and z-loss, with the input's gradient.
+"""Losses from two rows of logits in Triton: a soft term, cross-entropy, z-loss and MSE, with the input's gradient.
 
 The formulas are those of LogitLossParams in csrc/kdkernels.h. With x = z f_Q, f_Q = 1 / T_Q (divided by 1e-7 + std
 where the logits are standardized), Q = softmax(x) and D = log P - log Q, every soft term has the gradient
@@ -12,10 +12,10 @@ e^-u), is its logit less the others' log-sum-exp. Standardizing is a factor for 
 gradient: with g the gradient for a fixed std, z_j - mean times -sum_k g_k (z_k - mean) / ((n - 1) std (std + 1e-7)).
 
 A row of at most 8192 classes (4096 where more is made of it, see `_tile`) is read once: loss and grad_input move
-3 rows classes itemsize + O(rows) bytes, or 2 where there is no soft term. A longer row is streamed: once for the
-spread where it is standardized, once for the sums of exponentials, once for the loss, and once more for a gradient
-that needs sums which the loss's sweep finishes (every standardized one, and those with sum_k w_k != 0).
-`bytes_moved` counts them. Nothing is saved.
+3 rows classes itemsize + O(rows) bytes, or 2 where neither soft term nor MSE reads the target. A longer row is
+streamed: once for the spread where it is standardized, once for the sums of exponentials, once for the loss, and once
+more for a gradient that needs sums which the loss's sweep finishes (every standardized one, and those with sum_k w_k
+!= 0). `bytes_moved` counts them. Nothing is saved. What is stored of the gradient is not read again in the input.
 """
 
 from collections.abc import Collection
@@ -73,21 +73,25 @@ def bytes_moved(
     *,
     standardize: bool = False,
     hard: bool = False,
+    mse: bool = False,
+    grad_itemsize: int | None = None,
     outputs: Collection[str] = ("loss", "grad_input"),
 ) -> int:
     """Bytes read and written for `outputs`; mask and the scales and temperatures of rows left out."""
     soft, grad = divergence != 0, "grad_input" in outputs
-    sides = 2 if soft else 1
-    sweeps = 1
+    reads = 2 if soft or mse else 1
     standardize = standardize and soft
     if _tile(classes, itemsize, divergence, standardize).streamed:
         later = grad and (standardize or divergence not in _WITHOUT_SUM)
-        sweeps = int(standardize) + 1 + int(soft or grad) + int(later)
+        # The first sums of exponentials take the target for a soft term only, and nothing for the MSE alone.
+        sums = 2 if soft else int(hard or not mse)
+        reads = sums * (int(standardize) + 1) + reads * (int(soft or mse or grad) + int(later))
     labels = 0
     if divergence in _OF_LABELS or hard:
         labels = 8 + itemsize * (2 if divergence in _OF_LABELS else 1)
-    per_row = sum({"loss": 4, "terms": 16, "grad_input_temperature": 4}.get(name, 0) for name in outputs)
-    return rows * ((sides * sweeps + grad) * classes * itemsize + labels + per_row)
+    per_row = sum({"loss": 4, "terms": 20, "grad_input_temperature": 4}.get(name, 0) for name in outputs)
+    moved = reads * itemsize + (grad_itemsize or itemsize if grad else 0)
+    return rows * (moved * classes + labels + per_row)
 
 
 @triton.jit
@@ -332,7 +336,7 @@ def _of_label(
 @triton.jit(do_not_specialize=["input_stride", "target_stride", "grad_stride", "rows", "classes"])
 def logit_loss_kernel(
     input_ptr,  # (rows, classes)
-    target_ptr,  # (rows, classes), or None where DIVERGENCE is NONE
+    target_ptr,  # (rows, classes), or None where DIVERGENCE is NONE and not MSE
     labels_ptr,  # (rows,) int64, or None where nothing needs them
     input_temperature_ptr,  # (rows,) float32, or None: input_temperature_value
     target_temperature_ptr,  # (rows,) float32, or None: target_temperature_value
@@ -340,8 +344,8 @@ def logit_loss_kernel(
     row_scale_ptr,  # (rows,) float32, or None: scale
     mask_ptr,  # (rows,) bool, or None: every row counts
     loss_ptr,  # (rows,) float32 or None
-    terms_ptr,  # (4, rows) float32 or None
-    grad_input_ptr,  # (rows, classes) or None
+    terms_ptr,  # (5, rows) float32 or None
+    grad_input_ptr,  # (rows, classes), which may be input_ptr, or None
     grad_input_temperature_ptr,  # (rows,) float32 or None
     input_stride,
     target_stride,
@@ -358,11 +362,13 @@ def logit_loss_kernel(
     hard_weight,
     label_smoothing,
     z_loss,
+    logit_mse,
     DIVERGENCE: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    MSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -388,7 +394,7 @@ def logit_loss_kernel(
     UNIT: tl.constexpr = OF_NORMALIZED and STANDARDIZE
     # Whether the sweep that sums can store the gradient too.
     TOGETHER: tl.constexpr = not (SOFT_GRAD and (WEIGHTS_HAVE_SUM or STANDARDIZE))
-    SWEEPS: tl.constexpr = 2 if GRAD and not TOGETHER else 1 if GRAD or SOFT else 0
+    SWEEPS: tl.constexpr = 2 if GRAD and not TOGETHER else 1 if GRAD or SOFT or MSE else 0
     ONLINE: tl.constexpr = STREAMED and not STANDARDIZE
 
     # The compiler cannot see that rows start and end on 16 bytes unless the multiplication is in sight.
@@ -437,7 +443,7 @@ def logit_loss_kernel(
     else:
         end = 1
         s = load_tile(input_ptr, input_offset, classes, live_2d, block)
-        if SOFT:
+        if SOFT or MSE:
             t = load_tile(target_ptr, target_offset, classes, live_2d, block)
 
     # Maxima (of the classes other than the label's, where that is apart), and online the sums of exponentials.
@@ -452,7 +458,7 @@ def logit_loss_kernel(
             e_q, e_p, e_plain, e_unit_p = zeros, zeros, zeros, zeros
             if SMOOTH:
                 smooth, smooth_count = zeros, zeros
-        for start in range(0, classes, BLOCK_N):
+        for start in range(0, classes if SOFT or PLAIN else 0, BLOCK_N):
             s = load_tile(input_ptr, input_offset, classes, live_2d, start + block)
             x = tl.where(start + block == label, float("-inf"), s) if APART else s
             if SOFT:
@@ -647,6 +653,11 @@ def logit_loss_kernel(
 
     weight_sum = 0.0
     spread_weight = 0.0
+    mse = 0.0
+    mse_weight = row_scale * (2.0 * logit_mse / classes)
+    if GRAD and (HARD or APART):
+        # In the input's place no warp may store before all have read the label's logit.
+        tl.debug_barrier()
     last = (tl.cdiv(classes, BLOCK_N) - 1) * BLOCK_N
     for SWEEP in tl.static_range(SWEEPS):
         if SWEEP == 0 and SOFT:
@@ -658,14 +669,20 @@ def logit_loss_kernel(
                 entropy_p, entropy_q, overlap = zeros, zeros, zeros
                 first_p = tl.zeros((BLOCK_M, BLOCK_N), tl.int32) + classes
                 first_q = first_p
+        if SWEEP == 0 and MSE:
+            gap_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, end, BLOCK_N):
             column = block
             if STREAMED:
                 # To and fro, because the end of the row is what the cache still holds.
                 column += last - start if (SWEEP == 0) != STANDARDIZE else start
                 s = load_tile(input_ptr, input_offset, classes, live_2d, column)
-                if SOFT:
+                if SOFT or MSE:
                     t = load_tile(target_ptr, target_offset, classes, live_2d, column)
+            if MSE:
+                gap = _difference(t, s)
+                if SWEEP == 0:
+                    gap_lanes += gap * gap
             if SOFT:
                 x = tl.where(column == label, float("-inf"), s) if APART else s
                 y = tl.where(column == label, float("-inf"), t) if APART else t
@@ -716,9 +733,13 @@ def logit_loss_kernel(
                     grad += plain_weight * tl.exp2((s - top_q) * LOG2E)
                 if SMOOTH:
                     grad -= tl.where(s > float("-inf"), smooth_weight, 0.0)
+                if MSE:
+                    grad += mse_weight * gap
                 if HARD or APART:
                     grad += tl.where(column == label, label_weight, 0.0)
                 store_tile(grad_input_ptr, grad_offset, classes, exists_2d, live_2d, column, grad)
+        if SWEEP == 0 and MSE:
+            mse = tl.sum(gap_lanes, 1)[:, None] * (logit_mse / classes)
         if SWEEP == 0 and SOFT:
             loss = tl.sum(loss_lanes, 1)[:, None]
             if WEIGHTS_HAVE_SUM or MOMENT:
@@ -750,7 +771,7 @@ def logit_loss_kernel(
             loss = _times(second, loss)
         soft = soft_scale * loss + part
     if loss_ptr is not None:
-        store_per_row(loss_ptr, row, exists, live_2d, row_scale * (soft + hard + square))
+        store_per_row(loss_ptr, row, exists, live_2d, row_scale * (soft + hard + square + mse))
     if terms_ptr is not None:
         if DIVERGENCE == STATISTICS:
             agree = tl.min(first_p, 1)[:, None] == tl.min(first_q, 1)[:, None]
@@ -759,10 +780,17 @@ def logit_loss_kernel(
                 row_scale * tl.sum(entropy_q, 1)[:, None],
                 row_scale * tl.sum(overlap, 1)[:, None],
                 row_scale * tl.where(agree, 1.0, 0.0),
+                row_scale * 0.0,
             )
         else:
-            of_row = (row_scale * soft, row_scale * hard, row_scale * square, row_scale * part)
-        for index in tl.static_range(4):
+            of_row = (
+                row_scale * soft,
+                row_scale * hard,
+                row_scale * square,
+                row_scale * part,
+                row_scale * mse,
+            )
+        for index in tl.static_range(5):
             store_per_row(terms_ptr + index * rows, row, exists, live_2d, of_row[index])
     if grad_input_temperature_ptr is not None:
         slope = -moment / temperature if MOMENT else row_scale * 0.0
@@ -790,9 +818,10 @@ def logit_loss(
     hard_weight: float,
     label_smoothing: float,
     z_loss: float,
+    logit_mse: float,
     loss: torch.Tensor | None,  # (rows,) float32
-    terms: torch.Tensor | None,  # (4, rows) float32
-    grad_input: torch.Tensor | None,  # (rows, classes), class stride 1
+    terms: torch.Tensor | None,  # (5, rows) float32
+    grad_input: torch.Tensor | None,  # (rows, classes), class stride 1, any dtype; may be input
     grad_input_temperature: torch.Tensor | None,  # (rows,) float32
 ) -> None:
     """Fill the outputs that are not None. A row whose mask is 0 is not read: its outputs are 0."""
@@ -828,11 +857,13 @@ def logit_loss(
             float(hard_weight),
             float(label_smoothing),
             float(z_loss),
+            float(logit_mse),
             DIVERGENCE=divergence,
             STANDARDIZE=standardize,
             HARD=hard_weight != 0,
             SMOOTH=hard_weight != 0 and label_smoothing != 0,
             Z_LOSS=z_loss != 0,
+            MSE=logit_mse != 0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             VECTOR=vector_width(classes, *strides),

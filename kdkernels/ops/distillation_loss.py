@@ -113,7 +113,8 @@ def distillation_loss(
     return_terms: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""hard_weight·CE(student, labels) + soft_weight·T²·soft(student, teacher) + z_loss·lse², in one pass.
+    r"""hard_weight·CE(student, labels) + soft_weight·T²·soft(student, teacher) + z_loss·lse² + logit_mse_weight·MSE, in
+    one pass.
 
     Args:
         student: (..., N) logits: float32, float16, bfloat16, or float64 (backends reference and cpu).

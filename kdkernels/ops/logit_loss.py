@@ -141,8 +141,8 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(with_loss, arguments)
-    spec, (*ranges, _, _, backend) = Spec(*arguments[10:21]), arguments[21:]
-    run_logit_loss_kernels(outputs, *arguments[:10], spec, *ranges, backend)
+    rest = (*arguments[:10], Spec(*arguments[10:21]), *arguments[21:24], arguments[-1])
+    run_logit_loss_kernels(outputs, *rest)
     return [output for output in outputs if output is not None]
 
 
@@ -207,7 +207,7 @@ def run_logit_loss_kernels(
         found = (None, None, grad_target, grad_target_temperature)
         kernel(target, input, labels, *sides, *shared, *options, *found)
     if spec.squared and grad_temperature is not None:
-        assert terms is not None
+        assert terms is not None and input_temperature is not None
         of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
         grad_temperature.add_(of_square / input_temperature, alpha=2)
 
