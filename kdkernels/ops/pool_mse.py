@@ -155,7 +155,8 @@ class _PoolMSE(torch.autograd.Function):
             return _differentiable_backward(ctx, upstream)
         student, teacher, mask = ctx.saved_tensors
         needs = [
-            ctx.needs_input_grad[side] and not (upstream[side] is None and grad_mse is None) for side in (0, 1)
+            ctx.needs_input_grad[side] and not (upstream[side] is None and grad_mse is None)
+            for side in (0, 1)
         ]
         if not any(needs):
             return None, None, None, None
