@@ -30,6 +30,8 @@ CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div
 TRITON_ROWS = "kdkernels/_triton/rows.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
+CPU_POOL, CUDA_POOL = "csrc/cpu/pool_mse.cpp", "csrc/cuda/pool_mse.cu"
+TRITON_POOL, OP_POOL = "kdkernels/_triton/pool_mse.py", "kdkernels/ops/pool_mse.py"
 ROWS, FAMILY, DIVERGENCES = (f"kdkernels/ops/{stem}.py" for stem in ("rows", "logit_loss", "divergences"))
 CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.py"
 
@@ -48,6 +50,10 @@ def topk(*words: str) -> str:
 
 def multi(*words: str) -> str:
     return grid("cpu", *words, op="multi_teacher_kl_div")
+
+
+def pool(*words: str, backend: str = "cpu") -> str:
+    return grid(backend, *(words or ("outputs_and", "samples", "last_position")), op="pool_mse")
 
 
 def family(backend: str, words: str) -> str:
@@ -212,6 +218,23 @@ MUTATIONS = [
     Mutation("linear shared: logits of resized maps", SHARED, "pooled = pooled if maps[0] is student else _pool(student, counts)", "pass", linear("cpu", "formula", "shared_classifier_loss")),
     Mutation("linear shared: ignored samples in the features' MSE", SHARED, "counts = labelled if counts is None else counts & labelled", "pass", linear("cpu", "row_arguments or anything", "shared_classifier_loss")),
     Mutation("linear shared: projector's bias missing", SHARED, "weight[:, :, None], bias)", "weight[:, :, None], None)", linear("cpu", "formula", "shared_classifier_loss")),
+    Mutation("pool cpu: zero gradient of the distance", CPU_POOL, "gradient[j] = scale * (a[j] - b[j]) + biases[j];", "gradient[j] = biases[j];", pool()),
+    Mutation("pool cpu: sign of the teacher's gradient", CPU_POOL, "store_gradient(t, s, biases[1], n, factor,", "store_gradient(s, t, biases[1], n, factor,", pool()),
+    Mutation("pool cpu: 1/P missing in the gradient", CPU_POOL, "biases[j] = wide[j] * inverse;", "biases[j] = wide[j];", pool()),
+    Mutation("pool cpu: 1/P missing in the pooled features", CPU_POOL, "sums, rows, static_cast<S>(inverse), pooled_teacher", "sums, rows, S(1), pooled_teacher", pool()),
+    Mutation("pool cpu: mask ignored", CPU_POOL, "params.mask != nullptr &&", "false &&", pool()),
+    Mutation("pool cpu: the end of a row left out", CPU_POOL, "total += (Lanes)((LaneMask)x & in_tail);", "", pool()),
+    Mutation("pool cpu: one long sum", CPU_POOL, "constexpr int64_t kRun = 64;", "constexpr int64_t kRun = 1 << 30;", pool("long_sums")),
+    Mutation("pool cuda: sign of the teacher's gradient", CUDA_POOL, "slope + bias : bias - slope", "slope + bias : bias + slope", pool(backend="cuda")),
+    Mutation("pool cuda: 1/P missing in the gradient", CUDA_POOL, "bias = to_float(upstream[side][c]) * inverse;", "bias = to_float(upstream[side][c]);", pool(backend="cuda")),
+    Mutation("pool cuda: mask ignored", CUDA_POOL, "params.mask == nullptr || params.mask[sample] != 0", "true", pool(backend="cuda")),
+    Mutation("pool cuda: a barrier missing", CUDA_POOL, "__syncthreads();  // the previous sums may still be read", "", pool("deterministic", backend="cuda")),
+    Mutation("pool triton: zero gradient of the distance", TRITON_POOL, "slope = scale * (s - t)", "slope = 0.0 * (s - t)", pool(backend="triton")),
+    Mutation("pool triton: sign of the teacher's gradient", TRITON_POOL, "teacher_bias[:, None] - slope", "teacher_bias[:, None] + slope", pool(backend="triton")),
+    Mutation("pool triton: 1/P missing in the gradient", TRITON_POOL, "teacher_bias = teacher_bias / positions", "teacher_bias = teacher_bias / 1.0", pool(backend="triton")),
+    Mutation("pool triton: mask ignored", TRITON_POOL, "live = tl.load(mask_ptr + sample) != 0", "live = tl.load(mask_ptr + sample) < 2", pool(backend="triton")),
+    Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
+    Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
 ]  # fmt: skip
 

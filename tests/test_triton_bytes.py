@@ -16,6 +16,7 @@ from triton_counter import count_traffic, is_interpreted
 from kdkernels._triton import kl_div as triton_kl_div
 from kdkernels._triton import logit_loss as triton_logit_loss
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
+from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
 from kdkernels._triton import topk_kl_div as triton_topk
 
@@ -345,3 +346,75 @@ def test_topk(tail: int, classes: int, k: int, dtype: torch.dtype) -> None:
     assert masked.loaded == traffic.loaded * int(mask.sum()) // ROWS + ROWS
     assert not outputs["loss"][~mask].any()
     assert not outputs["grad_input"][~mask].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(("channels", "positions"), [(40, 49), (24, 64), (5, 1500), (1100, 1)])
+def test_pool_mse(channels: int, positions: int, channels_last: bool, dtype: torch.dtype) -> None:
+    student, teacher = (x.view(ROWS, channels, positions) for x in logits(channels * positions, dtype))
+    if channels_last:
+        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+    last = channels_last or positions == 1
+    sizes, maps = (ROWS, channels, positions, dtype.itemsize), ROWS * channels * positions * dtype.itemsize
+    pooled = [torch.full((ROWS, channels), float("nan"), dtype=dtype) for _ in range(2)]
+
+    def forward(mask: torch.Tensor | None, pieces: int) -> torch.Tensor:
+        mse = torch.full((ROWS, pieces), float("nan"))
+        outputs = (*pooled, mse, None, None)
+        triton_pool_mse.pool_mse(student, teacher, mask, None, None, None, *outputs)
+        return mse
+
+    for pieces in (1, 3):
+        with count_traffic() as traffic:
+            mse = forward(None, pieces)
+        claimed = triton_pool_mse.bytes_moved(*sizes, pieces=pieces)
+        assert claimed == 2 * maps + ROWS * (2 * channels * dtype.itemsize + 4 * pieces)
+        assert traffic.total == claimed
+        assert traffic.launches == 1
+        assert (mse.sum(1) > 0).all()
+
+    upstream = {
+        "grad_pooled_student": torch.ones(ROWS, channels, dtype=dtype),
+        "grad_pooled_teacher": torch.ones(ROWS, channels, dtype=dtype),
+        "grad_mse": torch.ones(ROWS),
+    }
+
+    def backward(
+        mask: torch.Tensor | None, given: tuple[str, ...], wanted: tuple[str, ...]
+    ) -> list[torch.Tensor]:
+        outputs = [torch.full_like(student, float("nan")) if k in wanted else None for k in names]
+        grads = [upstream[k] if k in given else None for k in upstream]
+        triton_pool_mse.pool_mse(student, teacher, mask, *grads, None, None, None, *outputs)
+        return [x for x in outputs if x is not None]
+
+    names, every = ("grad_student", "grad_teacher"), tuple(upstream)
+    for given, wanted, passes in (
+        (("grad_mse",), names[:1], 3),
+        (every, names[:1], 3),
+        (every, names, 4),
+        (every[:2], names[1:], 1),
+        (every[:2], names, 2),
+    ):
+        with count_traffic() as traffic:
+            outputs = backward(None, given, wanted)
+        assert traffic.total == triton_pool_mse.bytes_moved(
+            *sizes, outputs=wanted, upstream=given, channels_last=last
+        )
+        # Beside the maps: a value a channel and side, one a program.
+        assert passes * maps <= traffic.total <= passes * maps + ROWS * channels * (2 * dtype.itemsize + 4)
+        assert traffic.stored == len(wanted) * maps
+        assert traffic.launches == 1
+        assert all((x != 0).any() for x in outputs)
+
+    # A sample that does not count is not read.
+    mask = torch.arange(ROWS) % 3 == 0
+    student[~mask] = teacher[~mask] = float("nan")
+    with count_traffic() as traffic:
+        mse = forward(mask, 2)
+    assert traffic.loaded == 2 * maps * int(mask.sum()) // ROWS + 2 * ROWS
+    assert not mse[~mask].any() and not pooled[0][~mask].any() and (mse[mask].sum(1) > 0).all()
+    with count_traffic() as traffic:
+        outputs = backward(mask, every, names)
+    assert traffic.loaded <= (2 * maps + 3 * ROWS * channels * 4) * int(mask.sum()) // ROWS + ROWS * channels
+    assert all(not x[~mask].any() and x[mask].any() for x in outputs)

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -71,6 +72,18 @@ def cases(target: str) -> list[dict[str, Any]]:
             [*MAIN, "grad_log_probs", "grad_input_temperature"],
             k=64,
             tail=0,
+        ),
+        *(
+            case("pool_mse", dtype, positions, [], side=side, channels_last=last)
+            for side in ("fwd", "bwd")
+            for dtype, positions, last in (
+                ("float32", 49, False),
+                ("bfloat16", 64, False),
+                ("float16", 3136, False),
+                ("float32", 49, True),
+                ("bfloat16", 49, True),
+                ("bfloat16", 1, True),
+            )
         ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
@@ -174,6 +187,16 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ones = [1.0] * teachers
         outputs = map(optional, ("loss", "losses", "grad_input"))
         arguments = (matrix, [matrix] * teachers, None, ones, None, ones, None, None, *outputs)
+    elif case["kernel"] == "pool_mse":
+        name = f"pool_mse_{options['side']}_kernel"
+        maps = torch.empty(2, 512, case["classes"], dtype=dtype, device="meta")
+        if options["channels_last"]:
+            maps = maps.mT.contiguous().mT
+        pooled = [torch.empty(2, 512, dtype=dtype, device="meta")] * 2
+        mask = row.bool()
+        forward = (maps, maps, mask, None, None, None, *pooled, row, None, None)
+        backward = (maps, maps, mask, *pooled, row, None, None, None, maps, maps)
+        arguments = forward if options["side"] == "fwd" else backward
     else:
         name = "topk_kl_div_kernel"
         outputs = map(optional, ("loss", "grad_input", "grad_log_probs", "grad_input_temperature"))
@@ -194,6 +217,8 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
     grads = len({"grad_input", "grad_target"} & set(tensors))
     if kernel == "scale_rows":
         return 1, 1
+    if kernel == "pool_mse":
+        return 2, 2 if options["side"] == "bwd" else 0
     if kernel == "kl_div":
         return 2 * (1 if not streamed else 3 if "grad_target" in tensors else 2), grads
     if kernel == "logit_loss":
@@ -263,6 +288,9 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
     elements = arguments["BLOCK_M"] * arguments["BLOCK_N"] // (gpu.warp_size * options["num_warps"])
     itemsize = getattr(torch, case["dtype"]).itemsize
     grad_itemsize = getattr(torch, case["options"].get("grad_dtype", case["dtype"])).itemsize
+    tile = [value for name, value in arguments.items() if name.startswith("BLOCK_")]
+    tile_bytes = math.prod(tile) * getattr(torch, case["dtype"]).itemsize
+    per_thread = tile_bytes // (gpu.warp_size * options["num_warps"])
     tile_loads, tile_stores = accesses(case, arguments.get("STREAMED", False))
     width = min(16, arguments["VECTOR"] * itemsize, elements * itemsize)
     report = {
@@ -275,6 +303,10 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
         "stores_width": width * grad_itemsize // itemsize,
         "tile_loads": tile_loads * elements * itemsize,
         "tile_stores": tile_stores * elements * grad_itemsize,
+        "tile": [*tile, options["num_warps"]],
+        "width": min(16, arguments["VECTOR"] * getattr(torch, case["dtype"]).itemsize, per_thread),
+        "tile_loads": tile_loads * per_thread,
+        "tile_stores": tile_stores * per_thread,
     }
     return report | (read_ptx if gpu.backend == "cuda" else read_amdgcn)(compiled.asm, log.getvalue())
 
