@@ -55,32 +55,41 @@ _WEIGHT_SUM = tl.constexpr(7)
 
 
 class Tiles(NamedTuple):
-    """How the work is cut.
+    """How the work is cut: what a program takes of its rows (or classes), by what it goes over in steps."""
 
-    A program of rows takes block_m rows, block_n classes a step; a program of a head's gradient block_c classes,
-    block_r rows a step. Logits are summed over block_k features a step; a gradient has block_d features a program.
-    """
-
-    block_m: int
-    block_n: int
-    block_c: int
-    block_r: int
-    block_k: int
-    block_d: int
-    num_warps: int
+    block_m: int  # rows
+    block_n: int  # classes a step of the forward
+    block_c: int  # classes of a program for a head's gradient
+    step: int  # classes, or for a head rows, a step of the backward
+    block_k: int  # features a step of a logit
+    block_d: int  # features of a gradient that a program has
+    forward_warps: int
+    backward_warps: int
 
 
 def tiles(rows: int, classes: int, student_width: int, teacher_width: int, itemsize: int) -> Tiles:
-    """The tiles of a call; teacher_width is 0 where there is no teacher."""
+    """The tiles of a call; teacher_width is 0 where there is no teacher.
+
+    The largest that are held in registers without a spill (tests/test_triton_compile.py).
+    """
 
     def block(count: int, most: int) -> int:
-        # A program's time is that of its sweep: the largest block of which there are 128 for the multiprocessors.
+        # The time of a program is that of its sweep: large blocks where 128 of them are there for the multiprocessors.
         return next((size for size in (64, 32) if size <= most and count >= 128 * size), 16)
 
+    half = itemsize == 2
+    block_m, block_c = block(rows, 64 if half else 32), block(classes, 32)
     width = triton.next_power_of_2(max(student_width, teacher_width, 16))
-    if itemsize == 4:
-        return Tiles(block(rows, 32), 64, block(classes, 32), 64, min(width, 32), min(width, 64), 4)
-    return Tiles(block(rows, 64), 128, block(classes, 64), 64, min(width, 64), min(width, 128), 4)
+    return Tiles(
+        block_m,
+        128,
+        block_c,
+        64 if half else 32,
+        min(width, 64 if half else 32),
+        min(width, 256 if half and block_m < 64 else 128),
+        4 if half and block_m == 16 else 8,
+        4 if block_m == block_c == 16 else 8,
+    )
 
 
 @triton.jit
@@ -130,8 +139,7 @@ def _logits_of(
 
 @triton.jit
 def _logits(
-    student,
-    teacher,
+    sides,
     row,  # (BLOCK_M,)
     live,  # (BLOCK_M,)
     start,
@@ -144,6 +152,7 @@ def _logits(
     PAIRED: tl.constexpr = SPEC[0] != NONE or SPEC[4]
     SHARED: tl.constexpr = SPEC[5]
     BLOCK_K: tl.constexpr = SPEC[8]
+    student, teacher = sides
     input_ptr, weight_ptr, _, input_stride, weight_stride, width, _, _ = student
     target_ptr, target_weight_ptr, _, target_stride, target_weight_stride, target_width, _, _ = teacher
     live_2d = live[:, None]
@@ -325,6 +334,7 @@ def linear_loss_fwd_kernel(
         target_logit_scale,
         target_softcap,
     )
+    sides = (student, teacher)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < rows
     live = exists
@@ -343,7 +353,7 @@ def linear_loss_fwd_kernel(
     # A head of one tile is one step of both sweeps.
     if ONE_TILE:
         end = 1
-        s, t = _logits(student, teacher, row, live, 0, classes, SPEC, BLOCK_M, BLOCK_N)
+        s, t = _logits(sides, row, live, 0, classes, SPEC, BLOCK_M, BLOCK_N)
     else:
         end = classes
 
@@ -353,7 +363,7 @@ def linear_loss_fwd_kernel(
     total_q, total_p, total_plain, squares, label_s, smooth, count = zero, zero, zero, zero, zero, zero, zero
     for start in range(0, end, BLOCK_N):
         if not ONE_TILE:
-            s, t = _logits(student, teacher, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
+            s, t = _logits(sides, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
         higher = tl.maximum(max_q, tl.max(s, 1)[:, None])
         if PLAIN:
             total_plain = _add_sum(total_plain, max_q, higher, s, LOG2E)
@@ -379,7 +389,7 @@ def linear_loss_fwd_kernel(
         distributions = (inverse_q, inverse_p, max_q, max_p, 1.0 / total_q, 1.0 / total_p, log_ratio)
         for start in range(0, end, BLOCK_N):
             if not ONE_TILE:
-                s, t = _logits(student, teacher, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
+                s, t = _logits(sides, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
             term, weight, _ = _soft_term(s, t, distributions, first, second, mix, DIVERGENCE, False)
             loss += tl.sum(term, 1)[:, None]
             if DIVERGENCE != KL:
@@ -435,8 +445,6 @@ def _row_state(
     row,  # (BLOCK_M,)
     of_rows,
     weights,
-    rows,
-    classes,
     SPEC: tl.constexpr,
     OF_TARGET: tl.constexpr,
 ):
@@ -449,6 +457,7 @@ def _row_state(
         of_rows[0]
     )
     statistics_ptr, input_temperature_value, target_temperature_value, soft_scale_value, scale = of_rows[1]
+    rows, classes = of_rows[2]
     _, _, _, hard_weight, label_smoothing, z_loss, _ = weights
     SOFT: tl.constexpr = DIVERGENCE != NONE
     HAS_SUM: tl.constexpr = SPEC[0] != REVERSE_KL if OF_TARGET else SPEC[0] != KL
@@ -495,8 +504,7 @@ def _row_state(
 
 @triton.jit
 def _gradient(
-    student,
-    teacher,
+    sides,
     state,
     weights,
     row,  # (BLOCK_M,)
@@ -518,7 +526,7 @@ def _gradient(
     live, row_scale, label, distributions, max_q, soft_scale, weight_sum, plain, smooth = state
     inverse_q, inverse_p, _, max_p, _, _, _ = distributions
     first, second, mix, hard_weight, label_smoothing, _, logit_mse = weights
-    s, t = _logits(student, teacher, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
+    s, t = _logits(sides, row, live, start, classes, SPEC, BLOCK_M, BLOCK_N)
     column = start + tl.arange(0, BLOCK_N)[None, :]
     grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     moment = tl.zeros((BLOCK_M, 1), tl.float32)
@@ -542,7 +550,7 @@ def _gradient(
         apart = logit_difference(s, t) * (2.0 * logit_mse / classes)
         grad += apart if OF_TARGET else -apart
     if CAPPED:
-        z = t / teacher[7] if OF_TARGET else s / student[7]
+        z = t / sides[1][7] if OF_TARGET else s / sides[0][7]
         grad *= tl.where(column < classes, 1.0 - z * z, 0.0)
     return tl.where(live[:, None], row_scale * grad, 0.0), moment
 
@@ -567,34 +575,29 @@ def _add_product(
 @triton.jit
 def _gradient_of_rows(
     pid,
-    student,
-    teacher,
+    sides,
     of_rows,
     weights,
-    grad_ptr,  # (rows, width) or None
-    grad_temperature_ptr,  # (rows,) float32 or None
-    grad_stride,
-    rows,
-    classes,
+    outputs,  # (rows, width) or None, its row stride; (rows,) float32 or None
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OF_TARGET: tl.constexpr,
 ):
-    _, weight_ptr, _, _, weight_stride, width, logit_scale, _ = teacher if OF_TARGET else student
+    _, weight_ptr, _, _, weight_stride, width, logit_scale, _ = sides[1] if OF_TARGET else sides[0]
+    rows, classes = of_rows[2]
+    grad_ptr, grad_stride, grad_temperature_ptr = outputs
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = (pid // blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    state = _row_state(row, of_rows, weights, rows, classes, SPEC, OF_TARGET)
+    state = _row_state(row, of_rows, weights, SPEC, OF_TARGET)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     moment = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in range(0, classes, BLOCK_N):
-        grad, part = _gradient(
-            student, teacher, state, weights, row, start, classes, SPEC, BLOCK_M, BLOCK_N, OF_TARGET
-        )
+    for start in range(0, classes, STEP):
+        grad, part = _gradient(sides, state, weights, row, start, classes, SPEC, BLOCK_M, STEP, OF_TARGET)
         if grad_ptr is not None:
-            column = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+            column = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
             w = _load_block(weight_ptr, column * weight_stride, column < classes, feature, width)
             acc = _add_product(acc, grad, w)
         if grad_temperature_ptr is not None:
@@ -615,33 +618,28 @@ def _gradient_of_rows(
 @triton.jit
 def _gradient_of_head(
     pid,
-    student,
-    teacher,
+    sides,
     of_rows,
     weights,
-    grad_weight_ptr,  # (classes, width) or None
-    grad_bias_ptr,  # (classes,) or None
-    grad_stride,
-    rows,
-    classes,
+    outputs,  # (classes, width) or None, its row stride; (classes,) or None
     SPEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OF_TARGET: tl.constexpr,
 ):
-    input_ptr, _, _, input_stride, _, width, logit_scale, _ = teacher if OF_TARGET else student
+    input_ptr, _, _, input_stride, _, width, logit_scale, _ = sides[1] if OF_TARGET else sides[0]
+    rows, classes = of_rows[2]
+    grad_weight_ptr, grad_stride, grad_bias_ptr = outputs
     blocks = tl.cdiv(classes, BLOCK_C)
     first_class = (pid % blocks) * BLOCK_C
     feature = (pid // blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     of_bias = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        state = _row_state(row, of_rows, weights, rows, classes, SPEC, OF_TARGET)
-        grad, _ = _gradient(
-            student, teacher, state, weights, row, first_class, classes, SPEC, BLOCK_R, BLOCK_C, OF_TARGET
-        )
+    for start in range(0, rows, STEP):
+        row = start + tl.arange(0, STEP)
+        state = _row_state(row, of_rows, weights, SPEC, OF_TARGET)
+        grad = _gradient(sides, state, weights, row, first_class, classes, SPEC, STEP, BLOCK_C, OF_TARGET)[0]
         if grad_weight_ptr is not None:
             offset = row.to(tl.int64)[:, None] * input_stride
             x = _load_block(input_ptr, offset, state[0][:, None], feature, width)
@@ -738,9 +736,8 @@ def linear_loss_bwd_kernel(
     CAPPED: tl.constexpr,
     TARGET_CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STUDENT_VECTOR: tl.constexpr,
@@ -774,89 +771,35 @@ def linear_loss_bwd_kernel(
     of_rows = (
         (labels_ptr, input_temperature_ptr, target_temperature_ptr, soft_scale_ptr, row_scale_ptr, mask_ptr),
         (statistics_ptr, input_temperature_value, target_temperature_value, soft_scale_value, scale),
+        (rows, classes),
     )
     weights = (first, second, mix, hard_weight, label_smoothing, z_loss, logit_mse)
 
+    # The kinds of programs follow each other.
     pid = tl.program_id(0)
     after_input = input_programs
     after_target = after_input + target_programs
     after_head = after_target + input_head_programs
+    sides = (student, teacher)
     if grad_input_ptr is not None or grad_input_temperature_ptr is not None:
+        outputs = (grad_input_ptr, grad_input_stride, grad_input_temperature_ptr)
         if pid < after_input:
-            _gradient_of_rows(
-                pid,
-                student,
-                teacher,
-                of_rows,
-                weights,
-                grad_input_ptr,
-                grad_input_temperature_ptr,
-                grad_input_stride,
-                rows,
-                classes,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                False,
-            )
+            _gradient_of_rows(pid, sides, of_rows, weights, outputs, SPEC, BLOCK_M, STEP, BLOCK_D, False)
     if grad_target_ptr is not None or grad_target_temperature_ptr is not None:
-        if (pid >= after_input) & (pid < after_target):
-            _gradient_of_rows(
-                pid - after_input,
-                student,
-                teacher,
-                of_rows,
-                weights,
-                grad_target_ptr,
-                grad_target_temperature_ptr,
-                grad_target_stride,
-                rows,
-                classes,
-                SPEC,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                True,
-            )
+        outputs = (grad_target_ptr, grad_target_stride, grad_target_temperature_ptr)
+        own = pid - after_input
+        if (own >= 0) & (pid < after_target):
+            _gradient_of_rows(own, sides, of_rows, weights, outputs, SPEC, BLOCK_M, STEP, BLOCK_D, True)
     if grad_input_weight_ptr is not None or grad_input_bias_ptr is not None:
-        if (pid >= after_target) & (pid < after_head):
-            _gradient_of_head(
-                pid - after_target,
-                student,
-                teacher,
-                of_rows,
-                weights,
-                grad_input_weight_ptr,
-                grad_input_bias_ptr,
-                grad_input_weight_stride,
-                rows,
-                classes,
-                SPEC,
-                BLOCK_C,
-                BLOCK_R,
-                BLOCK_D,
-                False,
-            )
+        outputs = (grad_input_weight_ptr, grad_input_weight_stride, grad_input_bias_ptr)
+        own = pid - after_target
+        if (own >= 0) & (pid < after_head):
+            _gradient_of_head(own, sides, of_rows, weights, outputs, SPEC, BLOCK_C, STEP, BLOCK_D, False)
     if grad_target_weight_ptr is not None or grad_target_bias_ptr is not None:
-        if pid >= after_head:
-            _gradient_of_head(
-                pid - after_head,
-                student,
-                teacher,
-                of_rows,
-                weights,
-                grad_target_weight_ptr,
-                grad_target_bias_ptr,
-                grad_target_weight_stride,
-                rows,
-                classes,
-                SPEC,
-                BLOCK_C,
-                BLOCK_R,
-                BLOCK_D,
-                True,
-            )
+        outputs = (grad_target_weight_ptr, grad_target_weight_stride, grad_target_bias_ptr)
+        own = pid - after_head
+        if own >= 0:
+            _gradient_of_head(own, sides, of_rows, weights, outputs, SPEC, BLOCK_C, STEP, BLOCK_D, True)
 
 
 def linear_loss(
@@ -973,11 +916,9 @@ def linear_loss(
         "CAPPED": softcap != 0,
         "TARGET_CAPPED": target_softcap != 0,
         "BLOCK_M": cut.block_m,
-        "BLOCK_N": cut.block_n,
         "BLOCK_K": cut.block_k,
         "STUDENT_VECTOR": vector_width(student_width, *strides[:2], *grad_strides[:2]),
         "TEACHER_VECTOR": vector_width(teacher_width, *strides[2:], *grad_strides[2:]),
-        "num_warps": cut.num_warps,
     }
     sizes = (rows, classes, student_width, teacher_width)
     values = tuple(map(float, scalars))
@@ -1015,8 +956,9 @@ def linear_loss(
                 *values,
                 **options,
                 BLOCK_C=cut.block_c,
-                BLOCK_R=cut.block_r,
+                STEP=cut.step,
                 BLOCK_D=cut.block_d,
+                num_warps=cut.backward_warps,
             )
         else:
             linear_loss_fwd_kernel[(row_blocks,)](
@@ -1028,5 +970,7 @@ def linear_loss(
                 *sizes,
                 *values,
                 **options,
+                BLOCK_N=cut.block_n,
                 ONE_TILE=classes <= cut.block_n,
+                num_warps=cut.forward_warps,
             )
