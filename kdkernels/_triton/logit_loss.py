@@ -5,8 +5,7 @@ where the logits are standardized), Q = softmax(x) and D = log P - log Q, every 
 
     dsoft/dx_j = w_j - Q_j sum_k w_k
 
-where w_j is Q_j - P_j for KL(P||Q), whose sum is 0, -Q_j D_j for KL(Q||P), and so on: `_divergence` gives term and
-weight of each. Terms are second order in D where that is small, so nothing cancels near convergence. Where a label
+where w_j is Q_j - P_j for KL(P||Q), whose sum is 0, -Q_j D_j for KL(Q||P), and so on (divergence.py). Where a label
 is taken apart, P and Q are over the other classes, summed without it, and the label's own logit u, P_y = 1 / (1 +
 e^-u), is its logit less the others' log-sum-exp. Standardizing is a factor for each row, and one more term of the
 gradient: with g the gradient for a fixed std, z_j - mean times -sum_k g_k (z_k - mean) / ((n - 1) std (std + 1e-7)).
@@ -24,6 +23,23 @@ import torch
 import triton
 import triton.language as tl
 
+from kdkernels._triton.divergence import (
+    DECOUPLED,
+    MIXTURE,
+    NONE,
+    NORMALIZED,
+    REVERSE_DECOUPLED,
+    REVERSE_KL,
+    REVERSE_NORMALIZED,
+    STATISTICS,
+    TOTAL_VARIATION,
+    divergence_term,
+    log1p,
+    log_quotient,
+    logit_difference,
+    times,
+    towards,
+)
 from kdkernels._triton.rows import (
     LOG2E,
     LOWEST,
@@ -40,17 +56,6 @@ from kdkernels._triton.rows import (
     vector_width,
 )
 
-# Divergence in csrc/kdkernels.h.
-NONE = tl.constexpr(0)
-KL = tl.constexpr(1)
-REVERSE_KL = tl.constexpr(2)
-MIXTURE = tl.constexpr(3)
-TOTAL_VARIATION = tl.constexpr(4)
-DECOUPLED = tl.constexpr(5)
-REVERSE_DECOUPLED = tl.constexpr(6)
-NORMALIZED = tl.constexpr(7)
-REVERSE_NORMALIZED = tl.constexpr(8)
-STATISTICS = tl.constexpr(9)
 _OF_LABELS = (5, 6, 7, 8)
 _WITHOUT_SUM = (0, 1, 5, 7, 9)  # sum_k w_k is 0: the loss's sweep can store the gradient
 _SPREAD_EPS = tl.constexpr(1e-7)
@@ -95,33 +100,6 @@ def bytes_moved(
 
 
 @triton.jit
-def _log1p(x):
-    # log(1 + x), and x - log(1 + x) >= 0; near 0 by 2 atanh(z), whose series to z^9 is good to 3e-9 for |x| <= 0.25.
-    near = tl.abs(x) <= 0.25
-    y = tl.where(near, x, 0.0)
-    z = y / (2.0 + y)
-    w = z * z
-    rest = 2.0 * z * w * (1.0 / 3.0 + w * (1.0 / 5.0 + w * (1.0 / 7.0 + w * (1.0 / 9.0))))
-    far = tl.log(1.0 + x)
-    return tl.where(near, 2.0 * z + rest, far), tl.where(near, y * z - rest, x - far)
-
-
-@triton.jit
-def _towards(p, gap):
-    # The term p (log(p / m) + m / p - 1) >= 0 of m = p + gap, and log(m / p).
-    ratio = gap / tl.where(p > 0.0, p, 1.0)
-    # Where p is so small that the quotient overflows, the logarithm does not matter.
-    log, excess = _log1p(tl.minimum(ratio, 1e38))
-    return tl.where((tl.abs(ratio) <= 0.25) & (p > 0.0), p * excess, gap - p * log), log
-
-
-@triton.jit
-def _times(factor, x):
-    # 0 inf = 0.
-    return tl.where(factor == 0.0, 0.0, factor * x)
-
-
-@triton.jit
 def _exponential(
     z,  # (BLOCK_M, BLOCK_N): a logit less its row's maximum
     factor,  # (BLOCK_M, 1)
@@ -143,15 +121,6 @@ def _spread(
     count = tl.sum(tl.where(finite, 1.0, 0.0), 1)[:, None]
     centre = tl.sum(tl.where(finite, x - origin, 0.0), 1)[:, None] / count
     return count, centre, tl.where(finite, (x - origin) - centre, 0.0)
-
-
-@triton.jit
-def _difference(
-    s,  # (BLOCK_M, BLOCK_N)
-    t,  # (BLOCK_M, BLOCK_N)
-):
-    # t - s, where -inf - -inf = 0.
-    return tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, t - s)
 
 
 @triton.jit
@@ -178,7 +147,7 @@ def _add_spreads(
     step_p = from_p / tl.maximum(count_p, 1.0)
     squares_q += from_q * (from_q - step_q)
     squares_p += from_p * (from_p - step_p)
-    apart = tl.where(finite_q | finite_p, _difference(s, t) - mean_apart, 0.0)
+    apart = tl.where(finite_q | finite_p, logit_difference(s, t) - mean_apart, 0.0)
     products += apart * ((from_q - step_q) + (from_p - step_p))
     mean_apart += apart / tl.maximum(count_q, 1.0)
     return count_q, count_p, mean_q + step_q, mean_p + step_p, mean_apart, squares_q, squares_p, products
@@ -211,66 +180,6 @@ def _std(
 
 
 @triton.jit
-def _log_quotient(
-    s,  # (BLOCK_M, BLOCK_N)
-    t,  # (BLOCK_M, BLOCK_N)
-    max_q,  # (BLOCK_M, 1)
-    max_p,  # (BLOCK_M, 1)
-    inverse_q,  # (BLOCK_M, 1)
-    inverse_p,  # (BLOCK_M, 1)
-    inverse_gap,  # (BLOCK_M, 1): inverse_p - inverse_q
-):
-    # log(e_p / e_q). The logits' difference is exact where they are close; where the factors are far apart it would
-    # be a large number for a small one.
-    close = tl.abs(inverse_gap) <= 0.25 * inverse_q
-    of_both = tl.where(close, inverse_q, 0.0)
-    of_p = tl.where(close, inverse_gap, inverse_p)
-    of_q = tl.where(close, 0.0, -inverse_q)
-    quotient = ((t - s) - (max_p - max_q)) * of_both + ((t - max_p) * of_p + (s - max_q) * of_q)
-    # A factor of 0 says nothing of a class that is masked.
-    nowhere = tl.where(s == float("-inf"), 0.0, float("-inf"))
-    quotient = tl.where(s == float("-inf"), float("inf"), quotient)
-    return tl.where(t == float("-inf"), nowhere, quotient)
-
-
-@triton.jit
-def _divergence(
-    p,  # (BLOCK_M, BLOCK_N)
-    q,  # (BLOCK_M, BLOCK_N)
-    delta,  # (BLOCK_M, BLOCK_N): log p - log q
-    surprisal,  # (BLOCK_M, BLOCK_N): -log q, or -log p of REVERSE_NORMALIZED; unused elsewhere
-    first,
-    second,
-    mix,
-    DIVERGENCE: tl.constexpr,
-):
-    # The class's term, and its weight w: the gradient is w_j - Q_j sum_k w_k.
-    if DIVERGENCE == REVERSE_KL or DIVERGENCE == REVERSE_DECOUPLED:
-        term = kl_term(q, p, -delta)[0]
-        weight = _times(q, -delta)
-    elif DIVERGENCE == REVERSE_NORMALIZED:
-        term = _times(q, surprisal)
-        weight = term
-    else:
-        term, weight = kl_term(p, q, delta)  # KL(P||Q), and Q - P
-        if DIVERGENCE == NORMALIZED:
-            term = _times(p, surprisal)
-        if DIVERGENCE == TOTAL_VARIATION:
-            term = 0.5 * tl.abs(weight)
-            weight = tl.where(weight > 0.0, 0.5 * q, tl.where(weight < 0.0, -0.5 * q, 0.0))
-        if DIVERGENCE == MIXTURE:
-            difference = weight
-            of_p, _ = _towards(p, (1.0 - mix) * difference)
-            of_q, log = _towards(q, -mix * difference)
-            term = first * of_p + second * of_q
-            mixture = mix * p + (1.0 - mix) * q
-            relative = (1.0 - mix) * difference / tl.where(mixture > 0.0, mixture, 1.0)
-            slope = (first * (1.0 - mix) - second * mix) * relative - second * log
-            weight = _times(q, slope)
-    return term, weight
-
-
-@triton.jit
 def _logistic(u):
     return 1.0 / (1.0 + tl.exp2(-u * LOG2E))
 
@@ -298,7 +207,7 @@ def _label_logit(
 
 @triton.jit
 def _softplus(u):
-    return tl.maximum(u, 0.0) + _log1p(tl.exp2(-tl.abs(u) * LOG2E))[0]
+    return tl.maximum(u, 0.0) + log1p(tl.exp2(-tl.abs(u) * LOG2E))[0]
 
 
 @triton.jit
@@ -322,12 +231,12 @@ def _of_label(
     log_p_q = tl.where(near, 0.0, _softplus(-u_q) - _softplus(-u_p))
     log_not = tl.where(near, 0.0, _softplus(u_q) - _softplus(u_p))
     if REVERSE:
-        series = _towards(q, -difference)[0] + _towards(not_q, difference)[0]
-        far = -_times(q, log_p_q) - _times(not_q, log_not)
-        slope = -_times(q * not_q, d)
+        series = towards(q, -difference)[0] + towards(not_q, difference)[0]
+        far = -times(q, log_p_q) - times(not_q, log_not)
+        slope = -times(q * not_q, d)
     else:
-        series = _towards(p, difference)[0] + _towards(not_p, -difference)[0]
-        far = _times(p, log_p_q) + _times(not_p, log_not)
+        series = towards(p, difference)[0] + towards(not_p, -difference)[0]
+        far = times(p, log_p_q) + times(not_p, log_not)
         slope = difference
     return tl.where(near, series, far), slope
 
@@ -510,7 +419,7 @@ def logit_loss_kernel(
             count_p, centre_p, from_p = _spread(t, max_p)
             squares_q = from_q * from_q
             squares_p = from_p * from_p
-            apart = (_difference(s, t) - (max_p - max_q)) - (centre_p - centre)
+            apart = (logit_difference(s, t) - (max_p - max_q)) - (centre_p - centre)
             nowhere = (s == float("-inf")) & (t == float("-inf"))
             products = tl.where(nowhere, 0.0, apart * (from_p + from_q))
         std_q, gain_q, correction = _std(count_q, tl.sum(squares_q, 1)[:, None])
@@ -561,7 +470,7 @@ def logit_loss_kernel(
                 e_p += e_t
                 # The series leaves out even the rounding of the exponentials, which few classes do not average away.
                 e_difference += kl_term(
-                    e_t, e_s, _log_quotient(x, y, max_q, max_p, inverse_q, inverse_p, inverse_gap)
+                    e_t, e_s, log_quotient(x, y, max_q, max_p, inverse_q, inverse_p, inverse_gap)
                 )[1]
                 if OF_NORMALIZED:
                     e_unit_p += _exponential(y - max_p, unit_p, STANDARDIZE)
@@ -598,7 +507,7 @@ def logit_loss_kernel(
     if CROSS:
         log_total = tl.log(total_plain)
         if HARD:
-            named_logit = _times(1.0 - label_smoothing, label_s - top_q)
+            named_logit = times(1.0 - label_smoothing, label_s - top_q)
             label_weight -= row_scale * hard_weight * (1.0 - label_smoothing)
             if SMOOTH:
                 smooth_count = tl.sum(smooth_count, 1)[:, None]
@@ -615,12 +524,12 @@ def logit_loss_kernel(
     if OF_DECOUPLED:
         u_q = _label_logit(label_s, max_q, total_q, inverse_q)
         u_p = _label_logit(label_t, max_p, total_p, inverse_p)
-        d = _log_quotient(label_s, label_t, max_q, max_p, inverse_q, inverse_p, inverse_gap) - log_ratio
+        d = log_quotient(label_s, label_t, max_q, max_p, inverse_q, inverse_p, inverse_gap) - log_ratio
         d = tl.where(others_q, d, float("-inf"))
         d = tl.where(others_p, d, tl.where(others_q, float("inf"), 0.0))
         part, pull = _of_label(u_p, u_q, d, REVERSED)
-        part = soft_scale * _times(first, part)
-        pull = tl.where(others_q, _times(first, pull), 0.0)
+        part = soft_scale * times(first, part)
+        pull = tl.where(others_q, times(first, pull), 0.0)
         label_weight += soft_weight * pull
     if OF_NORMALIZED:
         # At temperature 1.
@@ -636,11 +545,11 @@ def logit_loss_kernel(
             total_unit_q = total_plain
         if REVERSED:
             part = _surprisal(label_t, top_p, total_unit_p, gain_p)
-            part = _times(first, _times(e_label_q / total_unit_q, part))
+            part = times(first, times(e_label_q / total_unit_q, part))
             pull = tl.where(part == float("inf"), 0.0, -part)
         else:
             pull = first * (e_label_p / total_unit_p)
-            part = _times(pull, _surprisal(label_s, top_q, total_unit_q, gain_q))
+            part = times(pull, _surprisal(label_s, top_q, total_unit_q, gain_q))
         unit_weight = row_scale * gain_q * pull
         label_weight -= unit_weight
         if not UNIT:
@@ -688,13 +597,13 @@ def logit_loss_kernel(
                 y = tl.where(column == label, float("-inf"), t) if APART else t
                 q = _exponential(x - max_q, factor_q, STANDARDIZE) * norm_q
                 p = _exponential(y - max_p, factor_p, STANDARDIZE) * norm_p
-                delta = _log_quotient(x, y, max_q, max_p, inverse_q, inverse_p, inverse_gap) - log_ratio
+                delta = log_quotient(x, y, max_q, max_p, inverse_q, inverse_p, inverse_gap) - log_ratio
                 surprisal = delta
                 if DIVERGENCE == NORMALIZED:
                     surprisal = _surprisal(x, max_q, total_q, inverse_q)
                 if DIVERGENCE == REVERSE_NORMALIZED:
                     surprisal = _surprisal(y, max_p, total_p, inverse_p)
-                term, weight = _divergence(p, q, delta, surprisal, first, second, mix, DIVERGENCE)
+                term, weight = divergence_term(p, q, delta, surprisal, first, second, mix, DIVERGENCE)
                 if SWEEP == 0:
                     loss_lanes += term
                     if WEIGHTS_HAVE_SUM or MOMENT:
@@ -708,8 +617,8 @@ def logit_loss_kernel(
                         if UNIT:
                             unit_lanes += _exponential(s - top_q, unit_q, STANDARDIZE) * z
                     if DIVERGENCE == STATISTICS:
-                        entropy_p += _times(p, _surprisal(y, max_p, total_p, inverse_p))
-                        entropy_q += _times(q, _surprisal(x, max_q, total_q, inverse_q))
+                        entropy_p += times(p, _surprisal(y, max_p, total_p, inverse_p))
+                        entropy_q += times(q, _surprisal(x, max_q, total_q, inverse_q))
                         overlap += tl.minimum(p, q)
                         first_p = tl.minimum(first_p, tl.where(t == max_p, column, classes))
                         first_q = tl.minimum(first_q, tl.where(s == max_q, column, classes))
@@ -721,9 +630,9 @@ def logit_loss_kernel(
                         limit = tl.where(q == 0.0, 0.0, weight - q * weight_sum)
                         weight = tl.where(weight == float("inf"), weight, limit)
                     if APART:
-                        weight = _times(of_others, weight)
+                        weight = times(of_others, weight)
                     if OF_DECOUPLED:
-                        weight -= _times(q, pull)
+                        weight -= times(q, pull)
                     grad = soft_weight * weight
                     if UNIT:
                         grad += (unit_weight * unit_norm) * _exponential(s - top_q, unit_q, STANDARDIZE)
@@ -751,15 +660,15 @@ def logit_loss_kernel(
                 moment = tl.where(weight_sum == float("inf"), 0.0, moment)
                 z = (label_s - max_q) - centre if APART else 0.0
                 if APART:
-                    moment = _times(of_others, moment)
+                    moment = times(of_others, moment)
                 if OF_DECOUPLED:
-                    moment += _times(pull, z - mean)
+                    moment += times(pull, z - mean)
                 moment *= soft_weight
                 if STANDARDIZE:
                     of_spread = moment
                     if UNIT:
                         unit_mean = tl.sum(unit_lanes, 1)[:, None] * unit_norm
-                        of_spread += _times(unit_weight, unit_mean - z)
+                        of_spread += times(unit_weight, unit_mean - z)
                     of_spread = tl.where(tl.abs(of_spread) < float("inf"), of_spread, 0.0)
                     spread_weight = correction * of_spread
 
@@ -768,7 +677,7 @@ def logit_loss_kernel(
         if APART:
             one_sided = others_q & ~others_p if REVERSED else others_p & ~others_q
             loss = tl.where(others_p & others_q, loss, tl.where(one_sided, float("inf"), 0.0))
-            loss = _times(second, loss)
+            loss = times(second, loss)
         soft = soft_scale * loss + part
     if loss_ptr is not None:
         store_per_row(loss_ptr, row, exists, live_2d, row_scale * (soft + hard + square + mse))
