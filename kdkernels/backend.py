@@ -443,7 +443,8 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
             table["cpu", name] = launcher_over(getattr(_C, f"cpu_{name}"), _threads)
             if _C.with_cuda:
                 table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
-        if importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") is not None:
+        for name in (*NATIVE, "linear_loss"):
             table["triton", name] = _first_use(name)
     return table
 

@@ -285,28 +285,22 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
             ASTSource(kernel, signature, constants, attributes), target=gpu, options=options
         )
 
-    elements = arguments["BLOCK_M"] * arguments["BLOCK_N"] // (gpu.warp_size * options["num_warps"])
+    tile = [value for name, value in arguments.items() if name.startswith("BLOCK_")]
+    elements = math.prod(tile) // (gpu.warp_size * options["num_warps"])
     itemsize = getattr(torch, case["dtype"]).itemsize
     grad_itemsize = getattr(torch, case["options"].get("grad_dtype", case["dtype"])).itemsize
-    tile = [value for name, value in arguments.items() if name.startswith("BLOCK_")]
-    tile_bytes = math.prod(tile) * getattr(torch, case["dtype"]).itemsize
-    per_thread = tile_bytes // (gpu.warp_size * options["num_warps"])
     tile_loads, tile_stores = accesses(case, arguments.get("STREAMED", False))
     width = min(16, arguments["VECTOR"] * itemsize, elements * itemsize)
     report = {
         "name": " ".join([target, *(str(case[key]) for key in ("kernel", "dtype", "lengths"))]),
         "lengths": case["lengths"],
         "limit": min(255, 65536 // (gpu.warp_size * options["num_warps"])),
-        "tile": [arguments["BLOCK_M"], arguments["BLOCK_N"], options["num_warps"]],
+        "tile": [*tile, options["num_warps"]],
         "loads_width": width,
         # As many elements as are loaded at once.
         "stores_width": width * grad_itemsize // itemsize,
         "tile_loads": tile_loads * elements * itemsize,
         "tile_stores": tile_stores * elements * grad_itemsize,
-        "tile": [*tile, options["num_warps"]],
-        "width": min(16, arguments["VECTOR"] * getattr(torch, case["dtype"]).itemsize, per_thread),
-        "tile_loads": tile_loads * per_thread,
-        "tile_stores": tile_stores * per_thread,
     }
     return report | (read_ptx if gpu.backend == "cuda" else read_amdgcn)(compiled.asm, log.getvalue())
 

@@ -589,7 +589,7 @@ def logit_loss_kernel(
                 if SOFT or MSE:
                     t = load_tile(target_ptr, target_offset, classes, live_2d, column)
             if MSE:
-                gap = _difference(t, s)
+                gap = logit_difference(t, s)
                 if SWEEP == 0:
                     gap_lanes += gap * gap
             if SOFT:

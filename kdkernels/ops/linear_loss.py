@@ -40,8 +40,11 @@ from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unob
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import (
     KL,
+    MIXTURE,
     NONE,
     OF_LABELS,
+    REVERSE_KL,
+    TOTAL_VARIATION,
     Spec,
 )
 from kdkernels.ops.logit_loss import logit_loss_reference, run_logit_loss_kernels
@@ -74,6 +77,7 @@ from kdkernels.ops.topk_kl_div import (
 NO_TEACHER, HIDDEN, LOGITS, TOPK = range(4)
 STRATEGIES = ("chunks", "tiles")
 SMALL_HEAD = 4096  # classes
+LINEAR_STATISTICS = 8  # kdkernels._triton.linear_loss.STATISTICS_ROWS, without importing triton
 Scale = float | Tensor
 
 
@@ -248,9 +252,20 @@ def _planned_rows(rows: int, classes: int, itemsize: int, device: torch.device, 
     return plan.chunk_rows
 
 
+# What kdkernels._triton.linear_loss has terms for.
+_TILED = (NONE, KL, REVERSE_KL, MIXTURE, TOTAL_VARIATION)
+
+
 def _takes_tiles(call: Call) -> bool:
     """Whether there is a kernel that forms this call's logits in tiles."""
-    return False
+    return (
+        call.backend == "triton"
+        and call.kind in (NO_TEACHER, HIDDEN)
+        and call.spec.divergence in _TILED
+        and not call.spec.standardize
+        and call.scale is None
+        and call.target_scale is None
+    )
 
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
@@ -598,7 +613,67 @@ def _fill_topk(
 
 
 def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
-    raise NotImplementedError
+    """Fills `outputs` by one launch, and one more where there are gradients among them."""
+    loss, terms, *gradients = outputs
+    rows, device, spec = call.input.shape[0], call.input.device, call.spec
+    if not rows:
+        for x in (loss, terms, *gradients):
+            if x is not None:
+                x.zero_()
+        return
+    dtype = statistics_dtype(call.input.dtype)
+    if spec.squared and call.needs[6] and terms is None:  # T² has a derivative too, made of the soft term
+        terms = torch.empty(5, rows, dtype=dtype, device=device)
+    soft_scale, soft_scale_value = None, spec.soft_weight
+    if spec.squared and call.input_temperature is not None:
+        soft_scale = call.input_temperature.square() * spec.soft_weight
+    elif spec.squared:
+        soft_scale_value *= call.input_temperature_value**2
+    target_weight, target_bias, target_start = call.target_weight, call.target_bias, call.target_start
+    of_target = list(gradients[3:6])
+    if call.tied:
+        target_weight, target_bias, target_start = call.weight, call.bias, call.start
+        of_target[1:] = [None if x is None else torch.empty_like(x) for x in gradients[1:3]]
+    of_input = gradients[:3]
+    for of_side, start in ((of_input, call.start), (of_target, target_start)):
+        for i, x in enumerate(of_side):
+            if i and x is not None and x.shape[0] > call.classes:
+                x.zero_()
+                of_side[i] = x.narrow(0, start, call.classes)
+    inputs = (
+        call.input,
+        _classes(call.weight, call.start, call.classes),
+        _classes(call.bias, call.start, call.classes),
+        call.target,
+        _classes(target_weight, target_start, call.classes) if call.kind == HIDDEN else None,
+        _classes(target_bias, target_start, call.classes) if call.kind == HIDDEN else None,
+        call.labels,
+        *call[8:12],
+        soft_scale,
+        soft_scale_value,
+        call.row_scale,
+        call.row_scale_value,
+        call.mask,
+        *spec[:4],
+        *spec[7:],
+        call.cap,
+        call.target_cap,
+        call.scale_value,
+        call.target_scale_value,
+    )
+    kernel = launcher(call.backend, "linear_loss")
+    statistics = torch.empty(LINEAR_STATISTICS, rows, dtype=dtype, device=device)
+    kernel(*inputs, loss, terms, statistics, *[None] * 8)
+    wanted = (*of_input, *(of_target if call.kind == HIDDEN else (None, None, None)), *gradients[6:8])
+    if any(x is not None for x in wanted):
+        kernel(*inputs, None, None, statistics, *wanted)
+    if call.tied:
+        for whole, part in zip(of_input[1:], of_target[1:]):
+            if whole is not None and part is not None:
+                whole.add_(part)
+    if spec.squared and gradients[6] is not None:
+        assert terms is not None
+        gradients[6].add_(terms[0] / call.input_temperature, alpha=2)
 
 
 def projected(
@@ -929,6 +1004,18 @@ def linear_loss(
     options = Options(
         spec, kind, tied, TAILS.index(tail), caps, ranges, reduction, chunk_rows, with_terms, backend
     )
+    if strategy == "tiles" and (
+        backend != "triton"
+        or kind not in (NO_TEACHER, HIDDEN)
+        or spec.divergence not in _TILED
+        or spec.standardize
+        or isinstance(scale, Tensor)
+        or isinstance(teacher_scale, Tensor)
+    ):
+        raise ValueError(
+            "strategy must be None or 'chunks', unless the backend is 'triton', the teacher has hidden states, soft "
+            "takes no label apart, standardize is False and the logit scales are floats"
+        )
     if tied or kind != HIDDEN:
         teacher_weight = teacher_bias = None
     numbers = (temperature, teacher_temperature, scale, teacher_scale)
