@@ -176,7 +176,7 @@ class Call(NamedTuple):
     def of(cls, arguments: Sequence[Any]) -> Call:
         first = cls._fields.index("spec")
         last = first + len(Spec._fields)
-        return cls(*arguments[:first], Spec(*arguments[first:last]), *arguments[last:])
+        return cls(*arguments[:first], Spec(*arguments[first:last]), *arguments[last:])  # type: ignore[call-arg]
 
     def arguments(self) -> list[Any]:
         first = self._fields.index("spec")
@@ -229,7 +229,7 @@ def _handed_out(call: Call, outputs: Sequence[Tensor | None]) -> list[Tensor]:
         return x if of is None or of.dtype == torch.float16 else x.to(of.dtype)
 
     sources = [None, None, *call[:6], *[None] * 4]
-    return [cast(x, of) for x, of in zip(outputs, sources) if x is not None]  # type: ignore[arg-type]
+    return [cast(x, of) for x, of in zip(outputs, sources) if x is not None]
 
 
 def _planned(call: Call) -> Call:
@@ -298,7 +298,7 @@ def _run(with_loss: bool, call: Call) -> list[Tensor]:
         return _execute(with_loss, call)
     arguments = call.arguments()
     op = torch.ops.kdkernels.linear_loss_fwd if with_loss else torch.ops.kdkernels.linear_loss_bwd
-    return op(*arguments)  # type: ignore[no-any-return]
+    return op(*arguments)
 
 
 def _run_chunks(call: Call, outputs: Sequence[Tensor | None]) -> None:
@@ -338,7 +338,7 @@ def _run_chunk(
     if mask is not None:  # whatever a row holds that does not count
         x = torch.where(mask[:, None], x, 0)
         if call.kind in (HIDDEN, LOGITS):
-            target = torch.where(mask[:, None], target, 0)
+            target = torch.where(mask[:, None], target, 0)  # type: ignore[arg-type]
     weight, bias = (
         _classes(call.weight, call.start, call.classes),
         _classes(call.bias, call.start, call.classes),
@@ -423,12 +423,12 @@ def _run_chunk(
         if needs[3]:
             _put(gradients[3], rows, of_log_probs)
     else:
-        filled = (pieces[0], pieces[1], grad, grad_teacher, pieces[2], pieces[3])
+        filled = (pieces[0], pieces[1], grad, grad_teacher, pieces[2], pieces[3])  # type: ignore[assignment]
         run_logit_loss_kernels(filled, student, teacher, *shared, call.spec, 0, 0, call.classes, call.backend)
     for whole, part in zip(outs, pieces):
         if part is not whole and not (isinstance(rows, slice) and part is not None and part.dim() == 1):
             if whole is not None and whole.dim() == 2:
-                whole[:, rows] = part
+                whole[:, rows] = part  # type: ignore[assignment]
             else:
                 _put(whole, rows, part)
 
@@ -597,7 +597,7 @@ def _fill_topk(
             call.backend,
         )
         if wanted is not None:
-            wanted.add_(in_place)
+            wanted.add_(in_place)  # type: ignore[arg-type]
         if loss is not None:
             loss.add_(soft)
     else:
@@ -673,7 +673,7 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
                 whole.add_(part)
     if spec.squared and gradients[6] is not None:
         assert terms is not None
-        gradients[6].add_(terms[0] / call.input_temperature, alpha=2)
+        gradients[6].add_(terms[0] / call.input_temperature, alpha=2)  # type: ignore[operator]
 
 
 def projected(
@@ -882,7 +882,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     *saved, _, _ = ctx.saved_tensors
     numbers = [a if b is None else b for a, b in zip(ctx.numbers, saved[6:10])]
     sources = (*saved[:6], *numbers, saved[10])
-    loss, _ = linear_loss_reference(*sources, *saved[11:], ctx.options)
+    loss, _ = linear_loss_reference(*sources, *saved[11:], ctx.options)  # type: ignore[call-arg]
     needs = ctx.needs_input_grad
     wanted = [source for source, need in zip(sources, needs) if need]
     gradients = iter(
@@ -904,7 +904,7 @@ def _call(
 ) -> Call:
     temperature, target_temperature, scale, target_scale = numbers
     start, target_start, classes = options.ranges
-    return Call(
+    return Call(  # type: ignore[call-arg]
         *tensors,  # type: ignore[arg-type]
         indices,
         labels,
@@ -979,8 +979,8 @@ def linear_loss(
         temperature = teacher_temperature = 1.0
     elif kind == TOPK:
         teacher_temperature = 1.0
-    caps = _softcap(softcap, "softcap", 0.0)
-    caps = (caps, _softcap(teacher_softcap, "teacher_softcap", caps))
+    cap = _softcap(softcap, "softcap", 0.0)
+    caps = (cap, _softcap(teacher_softcap, "teacher_softcap", cap))
     scale = _logit_scale(logit_scale, "logit_scale", student, 1.0)
     teacher_scale = _logit_scale(teacher_logit_scale, "teacher_logit_scale", student, scale)
     if mask is not None:
@@ -1055,7 +1055,7 @@ def linear_loss(
         ):
             inputs = (*tensors, *numbers, weights)
             if torch.compiler.is_compiling():  # which takes no tensor twice
-                inputs = tuple(
+                inputs = tuple(  # type: ignore[assignment]
                     x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in inputs[:i]) else x
                     for i, x in enumerate(inputs)
                 )

@@ -160,8 +160,8 @@ class _PoolMSE(torch.autograd.Function):
         ]
         if not any(needs):
             return None, None, None, None
-        upstream = tuple(None if x is None else x.contiguous() for x in upstream)
-        found = iter(_run_bwd(student, teacher, mask, *upstream, needs, ctx.backend))
+        given = (None if x is None else x.contiguous() for x in upstream)
+        found = iter(_run_bwd(student, teacher, mask, *given, needs, ctx.backend))
         return (*(next(found) if need else None for need in needs), None, None)
 
 

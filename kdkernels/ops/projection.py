@@ -93,7 +93,7 @@ def logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (c, D),
         bf16_linear(as_matrix(x), as_matrix(weight), bias, out)
         return out
     if x.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
-        out = torch.mm(x, weight.T, out_dtype=dtype)  # type: ignore[call-overload]
+        out = torch.mm(x, weight.T, out_dtype=dtype)
         return out if bias is None else out.add_(bias)
     x, out = x.to(dtype), torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
     for tile in _tiles(weight):

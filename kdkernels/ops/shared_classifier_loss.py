@@ -121,7 +121,7 @@ def shared_classifier_loss(
         logit_mse_weight=logit_mse_weight,
     )
     statistics = teacher if isinstance(teacher, TeacherStatistics) else None
-    features = teacher if statistics is None else statistics.features
+    features: Tensor | None = teacher.features if isinstance(teacher, TeacherStatistics) else teacher
     if statistics is not None and features is None and feature_mse_weight:
         raise ValueError(
             "teacher must hold its features (keep_features=True) where feature_mse_weight is not 0"
@@ -148,7 +148,7 @@ def shared_classifier_loss(
     as_maps = both_maps and feature_match != "pooled" and feature_mse_weight != 0
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     counts = _counts(student, labels, mask, ignore_index)
-    of_features = None
+    of_features = pooled_teacher = None
     if as_maps:
         assert features is not None
         if projector_weight is not None and counts is not None:  # whatever a sample holds that does not count
@@ -164,6 +164,7 @@ def shared_classifier_loss(
         pooled = project(_pool(student, counts), projector_weight, projector_bias)
         pooled_teacher = None if features is None else _pool(features, counts)
         if feature_mse_weight:
+            assert pooled_teacher is not None
             _check_widths(pooled, pooled_teacher)
             *_, of_features = pool_mse(pooled, pooled_teacher, mask=counts, backend=backend)
 
@@ -217,8 +218,7 @@ def _check_features(x: Any, name: str) -> None:
         raise ValueError(f"{name} must have shape (B, D) or (B, C, ...), got {tuple(x.shape)}")
 
 
-def _check_widths(student: Tensor, teacher: Tensor | None) -> None:
-    assert teacher is not None
+def _check_widths(student: Tensor, teacher: Tensor) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student must have the teacher's {teacher.shape[1]} features for a feature MSE, got {student.shape[1]} "
@@ -261,7 +261,7 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"student and teacher must have as many spatial dimensions, at most 3, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[student.dim() - 3]
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[student.dim() - 3]
     if student.shape[2] > teacher.shape[2]:
         return pool(student, list(teacher.shape[2:])), teacher
     return student, pool(teacher, list(student.shape[2:]))

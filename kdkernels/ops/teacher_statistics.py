@@ -153,7 +153,7 @@ def precompute_teacher(
     if not parts:
         empty = teacher.new_empty(shape, dtype=dtype)
         found = [empty.long(), teacher.to(dtype), empty, empty, None, None]
-    return TeacherStatistics(
+    return TeacherStatistics(  # type: ignore[misc]
         *found,  # type: ignore[arg-type]
         features=teacher.detach() if keep_features else None,
         temperature=t,
