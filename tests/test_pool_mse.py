@@ -192,7 +192,7 @@ def test_the_backward_does_only_what_is_asked(monkeypatch):
     student, teacher = (x.requires_grad_() for x in maps((2, 3, 4), torch.float32))
     for k, needs in ((0, [True, False]), (1, [False, True]), (2, [True, True])):
         pool_mse(student, teacher, backend="cpu")[k].sum().backward()
-        *_, of_student, of_teacher, of_mse, got, backend = calls.pop()
+        *_, of_student, of_teacher, of_mse, got, _ = calls.pop()
         assert [x is not None for x in (of_student, of_teacher, of_mse)] == [k == j for j in range(3)]
         assert got == needs and not calls
     outputs = pool_mse(student, teacher.detach(), backend="cpu")
