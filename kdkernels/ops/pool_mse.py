@@ -102,7 +102,7 @@ def _bwd(
 ) -> list[Tensor]:
     outputs = _bwd_outputs(student, teacher, needs)
     if student.shape[0]:
-        upstream = (grad_pooled_student, grad_pooled_teacher, grad_mse)
+        upstream: tuple[Tensor | None, ...] = (grad_pooled_student, grad_pooled_teacher, grad_mse)
         launcher(backend, "pool_mse")(student, teacher, mask, *upstream, None, None, None, *outputs)
     return [output for output in outputs if output is not None]
 
@@ -150,7 +150,7 @@ class _PoolMSE(torch.autograd.Function):
         grad_pooled_teacher: Tensor | None,  # (B, C)
         grad_mse: Tensor | None,  # (B,)
     ) -> tuple[Tensor | None, ...]:
-        upstream = (grad_pooled_student, grad_pooled_teacher, grad_mse)
+        upstream: tuple[Tensor | None, ...] = (grad_pooled_student, grad_pooled_teacher, grad_mse)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, upstream)
         student, teacher, mask = ctx.saved_tensors
