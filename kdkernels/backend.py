@@ -91,27 +91,31 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     return {name: _why_not(name, kind) or "available" for name in BACKENDS}
 
 
-def resolve(backend: str | None, tensor: Tensor, name: str) -> str:
-    """The backend that runs a call on `tensor` (the argument called `name`).
+def resolve(backend: str | None, tensor: Tensor, name: str, has: tuple[str, ...] = BACKENDS) -> str:
+    """The backend that runs a call on `tensor` (the argument called `name`), of those that the op `has`.
 
-    Raises ValueError for an unknown backend, RuntimeError for one that is not available on the tensor's
-    device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
+    Raises ValueError for an unknown backend or one that the op has not, RuntimeError for one that is not available
+    on the tensor's device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be None or a name, got {backend!r}")
-    return _resolve(backend, tensor.device.type, tensor.dtype, name)
+    return _resolve(backend, tensor.device.type, tensor.dtype, name, has)
 
 
 @functools.cache
-def _resolve(backend: str | None, device: str, dtype: torch.dtype, name: str) -> str:
+def _resolve(
+    backend: str | None, device: str, dtype: torch.dtype, name: str, has: tuple[str, ...] = BACKENDS
+) -> str:
     if dtype not in DTYPES["reference"]:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_short(dtype)}")
     if backend is None:
         for candidate in _PREFERENCE.get(device, ("reference",)):
-            if not _why_not(candidate, device) and dtype in DTYPES[candidate]:
+            if candidate in has and not _why_not(candidate, device) and dtype in DTYPES[candidate]:
                 return candidate
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in has:
+        raise ValueError(f"this loss, with these options, has no backend {backend!r}, only {', '.join(has)}")
     reason = _why_not(backend, device)
     if reason:
         raise RuntimeError(f"backend {backend!r} is not available for {name} on {device}: {reason}")
