@@ -1,6 +1,7 @@
 """kdkernels: fused, exact distillation losses for PyTorch."""
 
 from kdkernels.backend import available_backends
+from kdkernels.ops.anchor_penalty import AnchorPenaltyLoss, anchor_penalty, anchor_penalty_reference
 from kdkernels.ops.coral import CoralLoss, coral, coral_reference
 from kdkernels.ops.distillation_loss import DistillationLoss, distillation_loss, distillation_loss_reference
 from kdkernels.ops.dkd import DKDLoss, dkd, dkd_reference
@@ -45,6 +46,7 @@ from kdkernels.ops.wasserstein import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnchorPenaltyLoss",
     "CoralLoss",
     "DKDLoss",
     "DistillationLoss",
@@ -63,6 +65,8 @@ __all__ = [
     "TVDLoss",
     "TopKKLDivLoss",
     "WassersteinLoss",
+    "anchor_penalty",
+    "anchor_penalty_reference",
     "available_backends",
     "coral",
     "coral_reference",
