@@ -16,6 +16,10 @@ from kdkernels.ops.gaussian import (
 from kdkernels.ops.jsd import JSDLoss, jsd, jsd_reference
 from kdkernels.ops.kd_statistics import KDStatistics, kd_statistics
 from kdkernels.ops.kl_div import KLDivLoss, kl_div, kl_div_reference
+from kdkernels.ops.masked_feature_loss import (
+    MaskedFeatureLoss,
+    masked_feature_loss,
+    masked_feature_loss_reference,
 )
 from kdkernels.ops.multi_teacher_kl_div import (
     MultiTeacherKLDivLoss,
@@ -58,6 +62,7 @@ __all__ = [
     "KDStatistics",
     "KLDivLoss",
     "LearnableTemperature",
+    "MaskedFeatureLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "SkewKLDivLoss",
@@ -89,6 +94,8 @@ __all__ = [
     "kd_statistics",
     "kl_div",
     "kl_div_reference",
+    "masked_feature_loss",
+    "masked_feature_loss_reference",
     "multi_teacher_kl_div",
     "multi_teacher_kl_div_reference",
     "nkd",
