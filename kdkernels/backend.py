@@ -382,6 +382,84 @@ def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) 
     return scale_rows
 
 
+def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def gaussian(
+        x: Tensor,  # (B, n, d), features side by side
+        y: Tensor,  # (B, m, d), features side by side
+        labels: Tensor | None,  # (B, n) int64, contiguous
+        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
+        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+        distance: int,
+        eps: float,
+        min_samples: int,
+        loss: Tensor,  # (B,)
+        grad_x: Tensor | None,  # (B, n, d) contiguous
+        grad_y: Tensor | None,  # (B, m, d) contiguous
+    ) -> None:
+        problems, samples, width = x.shape
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            problems,
+            samples,
+            y.shape[1],
+            width,
+            *x.stride()[:2],
+            *y.stride()[:2],
+            x.data_ptr(),
+            y.data_ptr(),
+            _address(labels),
+            _address(x_weights),
+            _address(y_weights),
+            distance,
+            eps,
+            min_samples,
+            loss.data_ptr(),
+            _address(grad_x),
+            _address(grad_y),
+        )
+
+    return gaussian
+
+
+def native_sliced_wasserstein(
+    run: Callable[..., None], where: Callable[[Tensor], int]
+) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def sliced_wasserstein(
+        x: Tensor,  # (B, L, n) contiguous, float32 or float64
+        y: Tensor,  # (B, L, m) contiguous
+        x_weights: Tensor | None,  # (B, n) contiguous
+        y_weights: Tensor | None,  # (B, m) contiguous
+        p: float,
+        loss: Tensor,  # (B, L)
+        grad_x: Tensor | None,  # (B, L, n) contiguous
+        grad_y: Tensor | None,  # (B, L, m) contiguous
+    ) -> None:
+        problems, projections, n = x.shape
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            problems * projections,
+            projections,
+            n,
+            y.shape[2],
+            x.data_ptr(),
+            y.data_ptr(),
+            _address(x_weights),
+            _address(y_weights),
+            p,
+            loss.data_ptr(),
+            _address(grad_x),
+            _address(grad_y),
+        )
+
+    return sliced_wasserstein
+
+
 # What the native module has: the name of each kernel, and what makes its launcher.
 NATIVE = {
     "kl_div": native_kl_div,
@@ -389,6 +467,11 @@ NATIVE = {
     "multi_teacher_kl_div": native_multi_teacher_kl_div,
     "scale_rows": native_scale_rows,
     "topk_kl_div": native_topk_kl_div,
+}
+# What it has for the CPU alone.
+NATIVE_CPU = {
+    "gaussian": native_gaussian,
+    "sliced_wasserstein": native_sliced_wasserstein,
 }
 
 
@@ -401,6 +484,9 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
                 table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
         if importlib.util.find_spec("triton") is not None:
             table["triton", name] = _first_use(name)
+    for name, launcher_over in NATIVE_CPU.items():
+        if _C is not None:
+            table["cpu", name] = launcher_over(getattr(_C, f"cpu_{name}"), _threads)
     return table
 
 

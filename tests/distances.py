@@ -32,15 +32,15 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein),
+    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu")),
     "gaussian_wasserstein, full": Case(partial(kdkernels.gaussian_wasserstein, covariance="full")),
-    "gaussian_kl": Case(kdkernels.gaussian_kl),
+    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, repeats=False),
-    "sliced_wasserstein": Case(sliced, ("reference",), labels=False),
-    "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference",), labels=False),
-    "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference",), labels=False),
+    "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
     "wasserstein": Case(kdkernels.wasserstein, pot=True, constant_weights=True),
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
     "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),

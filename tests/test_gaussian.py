@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 import kdkernels
 from kdkernels import gaussian_kl, gaussian_wasserstein
 
-BACKENDS = ["reference"]
+BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -194,6 +194,13 @@ def test_dead_units_of_kl(backend):
     value = gaussian_kl(x[:, :1], y[:, :1], eps=1e-6, backend=backend).item()
     v = x[:, 0].var(correction=0).item() + 1e-6
     assert value == pytest.approx(0.5 * (v / 1e-6 - 1 - math.log(v / 1e-6)), rel=1e-9)
+    # The other way round, 1 + (v_x - v_y) / v_y rounds to 0 in float32.
+    x, y = torch.zeros(30, 1), 1000 * torch.randn(30, 1, generator=torch.Generator().manual_seed(0))
+    got = gradients(gaussian_kl, x, y, backend=backend)
+    truth = gradients(gaussian_kl, x.double(), y.double(), backend="reference")
+    assert truth[0] > 10
+    assert_equal_up_to_rounding(got, truth)
+    x, y = features(30, 3)
     half = gradients(gaussian_kl, x.bfloat16(), y.bfloat16(), backend=backend)
     assert all(torch.isfinite(z).all() for z in half)
 
@@ -253,6 +260,46 @@ def test_large_offset_of_the_mean():
             far = gradients(function, *moved, backend=backend)
             truth = gradients(function, *(z.double() for z in moved), backend="reference")
             assert_equal_up_to_rounding(far, truth, scale=1000)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_opcheck(with_labels):
+    x, y = features(2, 5, 4, dtype=torch.float32)
+    labels = torch.tensor([[0, 1, 0, 1, 7], [3, 3, 3, 3, 3]]) if with_labels else None
+    for name in ("gaussian_fwd", "gaussian_bwd"):
+        torch.library.opcheck(
+            getattr(torch.ops.kdkernels, name).default,
+            (x, y, labels, torch.rand(2, 5), None, 1, 1e-6, 2, [True, True], "cpu"),
+        )
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+def test_same_bits_whatever_the_threads():
+    x, y = features(3, 200, 300, dtype=torch.float32)
+    labels = torch.randint(0, 9, (3, 200), generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(gradients(gaussian_kl, x, y, labels=labels, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+def test_labels_of_any_size():
+    """Far apart they are sorted, near ones counted."""
+    x, y = features(50, 70, dtype=torch.float32)
+    few = torch.randint(0, 9, (50,), generator=torch.Generator().manual_seed(0))
+    far = few * 2**60 - 2**62
+    near = gradients(gaussian_wasserstein, x, y, labels=few, backend="cpu")
+    for labels in (far, few.to(torch.int8) - 100, few.to(torch.uint8)):
+        other = gradients(gaussian_wasserstein, x, y, labels=labels, backend="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(near, other))
 
 
 def test_bad_options():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from distances import assert_equal_up_to_rounding, features, gradients
 
+import kdkernels
 from kdkernels import sliced_wasserstein
 
-BACKENDS = ["reference"]
+BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 ONE = torch.ones(1, 1, dtype=torch.float64)
 
@@ -148,6 +149,32 @@ def test_every_number_of_samples(backend, n, dtype):
     )
     truth = sliced_wasserstein(x.double(), y.double(), projections=theta.double(), backend="reference")
     assert_equal_up_to_rounding(got[:1], [truth])
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+def test_opcheck():
+    a, b = torch.randn(2, 3, 7), torch.randn(2, 3, 5)
+    for weights in (None, torch.rand(2, 7)):
+        torch.library.opcheck(
+            torch.ops.kdkernels.sliced_wasserstein.default, (a, b, weights, None, 2.0, [True, True], "cpu")
+        )
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+def test_same_bits_whatever_the_threads():
+    x, y = features(3, 900, 20, dtype=torch.float32)
+    theta = directions(31, 20).float()
+    a, b = (theta @ z.mT for z in (x, y))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(torch.ops.kdkernels.sliced_wasserstein(a, b, None, None, 2.0, [True, True], "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other))
 
 
 def test_bad_options():

@@ -20,6 +20,7 @@ from kdkernels.backend import resolve, statistics_dtype
 from kdkernels.ops.features import (
     FeatureLoss,
     by_class,
+    centre,
     check_class_labels,
     check_features,
     check_sample_weights,
@@ -61,16 +62,16 @@ def coral_reference(
 
 def _unbiased_root(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:  # (...,), (..., n, d)
     """Whether there is a covariance, and the A whose AᵀA is it: Σ w (x − μ)(x − μ)ᵀ / (1 − Σ w²)."""
-    share = proportions(weights, x)
-    mean = (share[..., None] * x).sum(-2, keepdim=True)
+    _, _, centred = centre(x, weights)
     if weights is None:
         n = x.shape[-2]
         there = torch.full(x.shape[:-2], n > 1, device=x.device)
-        return there, (x - mean) / max(n - 1, 1) ** 0.5
+        return there, centred / max(n - 1, 1) ** 0.5
+    share = proportions(weights, x)
     left = 1 - share.square().sum(-1, keepdim=True)
     there = (share > 0).sum(-1) > 1
     share = share / torch.where(there[..., None], left, 1)
-    return there, square_root(share)[..., None] * (x - mean)
+    return there, square_root(share)[..., None] * centred
 
 
 def coral(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -124,6 +124,22 @@ def segments(labels: Tensor) -> Tensor:  # (..., n) -> (..., n) int64 in [0, n)
     return torch.empty_like(numbers).scatter_(-1, order, numbers.cumsum(-1))
 
 
+def centre(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether there is a sample with weight (...,), the mean (..., d) and x − mean (..., n, d)."""
+    share = proportions(weights, x)
+    if x.shape[-2] == 0:
+        return (share > 0).any(-1), x.sum(-2), x
+    # From the first sample that has weight, so that what is constant is exactly 0.
+    if weights is None:
+        origin = x[..., :1, :].detach()
+    else:
+        first = (weights > 0).to(torch.int8).argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
+        origin = x.detach().gather(-2, first)
+    moved = x - origin
+    shift = (share[..., None] * moved).sum(-2, keepdim=True)
+    return (share > 0).any(-1), (origin + shift).squeeze(-2), moved - shift
+
+
 def moments(
     x: Tensor,  # (..., n, d)
     weights: Tensor | None,  # (..., n)
@@ -134,10 +150,9 @@ def moments(
     S is 1 without labels, else n: the number of classes is not known without a wait; those beyond it have weight 0.
     """
     if labels is None:
-        share = proportions(weights, x)
-        mean = (share[..., None] * x).sum(-2, keepdim=True)
-        variance = (share[..., None] * (x - mean).square()).sum(-2, keepdim=True)
-        return share.sum(-1, keepdim=True), mean, variance
+        there, mean, centred = centre(x, weights)
+        variance = (proportions(weights, x)[..., None] * centred.square()).sum(-2, keepdim=True)
+        return there.to(x.dtype)[..., None], mean[..., None, :], variance
     *batch, n, d = x.shape
     problems = math.prod(batch)
     number = segments(labels).reshape(problems, n)
@@ -147,8 +162,16 @@ def moments(
     x, weights = x.reshape(-1, d), weights.reshape(-1)
     total = torch.zeros_like(weights).index_add(0, number, weights)
     share = (weights / torch.where(total > 0, total, 1)[number])[:, None]
-    mean = torch.zeros_like(x).index_add(0, number, share * x)
-    variance = torch.zeros_like(x).index_add(0, number, share * (x - mean[number]).square())
+    # From the first sample that has weight, so that what is constant has exactly no variance.
+    place = torch.where(weights > 0, torch.arange(len(x), device=x.device), len(x))
+    first = (
+        torch.full_like(number, len(x)).scatter_reduce(0, number, place, "amin").clamp(max=max(len(x) - 1, 0))
+    )
+    origin = x.detach()[first]
+    moved = x - origin[number]
+    shift = torch.zeros_like(x).index_add(0, number, share * moved)
+    variance = torch.zeros_like(x).index_add(0, number, share * (moved - shift[number]).square())
+    mean = origin + shift
     return total.reshape(*batch, n), mean.reshape(*batch, n, d), variance.reshape(*batch, n, d)
 
 
@@ -184,6 +207,29 @@ def by_class(
     weights = torch.where(there, weights.reshape(-1, n).gather(-1, sample), 0)
     x = x.reshape(-1, n, d).gather(-2, sample[..., None].expand(-1, -1, d))
     return x.reshape(*batch, classes, largest, d), weights.reshape(*batch, classes, largest)
+
+
+def as_problems(x: Tensor, trailing: int) -> Tensor:
+    """The batch dimensions, which are all but the last `trailing`, as one."""
+    batch = x.dim() - trailing
+    return x.reshape(math.prod(x.shape[:batch]), *x.shape[batch:])
+
+
+def by_reference(
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_output: Tensor,
+    twice: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients that a kernel does not make: second derivatives (`twice`: as a graph), and those of weights."""
+    with torch.enable_grad():
+        if not twice:
+            inputs = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs)]
+        loss = reference(*inputs)
+    wanted = [x for x, need in zip(inputs, needs) if need and x is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=twice))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def full_precision(x: Tensor) -> Any:

@@ -7,16 +7,25 @@ as its mass.
 
 Gradient: of the projections, p |a − b|^(p−1) sign(a − b) times the mass, 0 where a = b (at p = 1 too); then one product
 with the directions.
+
+Saved by the native form: the projections and their gradients, made while the sorted rows were at hand. Second
+derivatives, and those of weights, go through the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kdkernels.backend import resolve, statistics_dtype
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import (
     FeatureLoss,
+    as_problems,
+    by_reference,
     check_features,
     check_order,
     check_sample_weights,
@@ -88,6 +97,66 @@ def power(difference: Tensor, p: float) -> Tensor:
     return difference.square() if p == 2 else difference.abs() if p == 1 else difference.abs().pow(p)
 
 
+_INPUTS = "Tensor a, Tensor b, Tensor? a_weights, Tensor? b_weights, float p, bool[] needs, str backend"
+# The rows' costs, then their gradients by a and b where `needs` asks for them.
+LIBRARY.define(f"sliced_wasserstein({_INPUTS}) -> Tensor[]")
+
+
+def _outputs(a: Tensor, b: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.empty(a.shape[:2], dtype=a.dtype, device=a.device),
+        torch.empty_like(a) if needs[0] else None,
+        torch.empty_like(b) if needs[1] else None,
+    ]
+
+
+def _body(a: Tensor, b: Tensor, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
+    outputs = _outputs(a, b, arguments[-2])
+    if a.shape[0]:
+        launcher(arguments[-1], "sliced_wasserstein")(a, b, *arguments[:-2], *outputs)
+    return [output for output in outputs if output is not None]
+
+
+def _fake(a: Tensor, b: Tensor, *arguments: Any) -> list[Tensor]:
+    return [output for output in _outputs(a, b, arguments[-2]) if output is not None]
+
+
+LIBRARY.impl("sliced_wasserstein", _body, "CPU")
+torch.library.register_fake("kdkernels::sliced_wasserstein", _fake, lib=LIBRARY)
+
+
+class _SortedCost(torch.autograd.Function):
+    """`sorted_cost_reference` of (B, L, n) and (B, L, m), by a kernel that makes the gradients with the costs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,  # (B, L, n)
+        b: Tensor,  # (B, L, m)
+        a_weights: Tensor | None,  # (B, n)
+        b_weights: Tensor | None,  # (B, m)
+        p: float,
+        backend: str,
+    ) -> Tensor:  # (B, L)
+        needs = list(ctx.needs_input_grad[:2])
+        run = _body if unobserved(a) else torch.ops.kdkernels.sliced_wasserstein
+        cost, *gradients = run(a, b, a_weights, b_weights, p, needs, backend)
+        ctx.p = p
+        ctx.save_for_backward(a, b, a_weights, b_weights, *gradients)
+        return cost
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (B, L)
+        inputs, gradients = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
+        needs = ctx.needs_input_grad[:4]
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice or needs[2] or needs[3]:
+            found = by_reference(partial(sorted_cost_reference, p=ctx.p), inputs, needs, grad_output, twice)
+            return (*found, None, None)
+        each = (gradients.pop(0) * grad_output[..., None] if need else None for need in needs[:2])
+        return (*each, None, None, None, None)
+
+
 def draw_directions(
     projections: int, d: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:  # (projections, d)
@@ -152,15 +221,16 @@ def sliced_wasserstein(
         if projections < 1:
             raise ValueError(f"projections must be at least 1, got {projections}")
         directions = draw_directions(projections, x.shape[-1], dtype, x.device, generator)
-    resolve(backend, x, "x", has=("reference",))
-    return sliced_wasserstein_reference(
-        x,
-        y,
-        directions=directions,
-        p=p,
-        x_weights=check_sample_weights(x_weights, x, "x_weights"),
-        y_weights=check_sample_weights(y_weights, y, "y_weights"),
-    )
+    backend = resolve(backend, x, "x", has=("reference", "cpu"))
+    x_weights = check_sample_weights(x_weights, x, "x_weights")
+    y_weights = check_sample_weights(y_weights, y, "y_weights")
+    if backend == "reference":
+        return sliced_wasserstein_reference(
+            x, y, directions=directions, p=p, x_weights=x_weights, y_weights=y_weights
+        )
+    weights = (None if w is None else as_problems(w, 1).contiguous() for w in (x_weights, y_weights))
+    a, b = (project(as_problems(z, 2), directions).contiguous() for z in (x, y))
+    return _SortedCost.apply(a, b, *weights, p, backend).mean(-1).reshape(x.shape[:-2])
 
 
 class SlicedWassersteinLoss(FeatureLoss):

@@ -13,7 +13,6 @@ differences, so x = y gives exactly 0. Equal weights and n = m are an assignment
 from __future__ import annotations
 
 import importlib
-import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +23,7 @@ from kdkernels.backend import resolve, statistics_dtype
 from kdkernels.ops.divergences import kl_rows
 from kdkernels.ops.features import (
     FeatureLoss,
+    as_problems,
     check_at_least,
     check_choice,
     check_class_labels,
@@ -150,10 +150,7 @@ def _take(x: Tensor, samples: Tensor) -> Tensor:  # (B, n, d), (B, K) -> (B, K, 
 
 
 def _problems(x: Tensor | None, trailing: int) -> Any:
-    if x is None:
-        return None
-    batch = x.dim() - trailing
-    return x.reshape(math.prod(x.shape[:batch]), *x.shape[batch:])
+    return None if x is None else as_problems(x, trailing)
 
 
 def wasserstein_reference(
