@@ -24,7 +24,7 @@ def sliced(x: Tensor, y: Tensor, **options: Any) -> Tensor:
 
 class Case(NamedTuple):
     function: Callable[..., Tensor]
-    backends: Sequence[str] = ("reference",)
+    backends: Sequence[str | None] = ("reference",)
     labels: bool = True  # takes labels
     repeats: bool = True  # a sample of weight 2 is a sample that is there twice
     pot: bool = False  # weights and n != m take POT
@@ -37,7 +37,7 @@ CASES = {
     "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
-    "coral": Case(kdkernels.coral, repeats=False),
+    "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
     "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
@@ -48,12 +48,12 @@ CASES = {
 GRID = [(name, backend) for name, case in CASES.items() for backend in case.backends]
 
 
-def ready(name: str, backend: str, *, weighted: bool) -> Callable[..., Tensor]:
+def ready(name: str, backend: str | None, *, weighted: bool) -> Callable[..., Tensor]:
     """The case's function with that backend; the test is skipped where POT is needed and absent."""
     from conftest import _missing
 
     case = CASES[name]
-    state = kdkernels.available_backends("cpu")[backend]
+    state = "available" if backend is None else kdkernels.available_backends("cpu")[backend]
     if state != "available":
         _missing(f"backend {backend}: {state}")
     if weighted and case.pot and importlib.util.find_spec("ot") is None:

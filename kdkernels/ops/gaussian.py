@@ -296,29 +296,47 @@ def _run(with_loss: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
 WASSERSTEIN, KL = 0, 1
 
 
+def _problems(
+    x: Tensor,  # (..., n, d)
+    y: Tensor,  # (..., m, d)
+    x_weights: Tensor | None,  # (..., n)
+    y_weights: Tensor | None,  # (..., m)
+    labels: Tensor | None,  # (..., n)
+) -> tuple[Any, ...]:
+    """As the op takes them: x, y, labels, x_weights, y_weights."""
+    a, b = (z if z.dim() == 3 else as_problems(z, 2) for z in (x, y))
+    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (a, b))
+    u, v, numbers = (
+        None if z is None else as_problems(z, 1).contiguous()
+        for z in (x_weights, y_weights, labels if labels is None else labels.long())
+    )
+    return a, b, numbers, u, v
+
+
 class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (B, n, d)
-        y: Tensor,  # (B, m, d)
-        x_weights: Tensor | None,  # (B, n)
-        y_weights: Tensor | None,  # (B, m)
-        labels: Tensor | None,  # (B, n)
+        x: Tensor,  # (..., n, d)
+        y: Tensor,  # (..., m, d)
+        x_weights: Tensor | None,  # (..., n)
+        y_weights: Tensor | None,  # (..., m)
+        labels: Tensor | None,  # (..., n)
         options: tuple[int, float, int],
         backend: str,
-    ) -> Tensor:  # (B,)
+    ) -> Tensor:  # (...,)
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
         wanted = (False, False) if compiling else ctx.needs_input_grad[:2]
-        loss, *gradients = _run(True, x, y, labels, x_weights, y_weights, *options, wanted, backend)
+        problems = _problems(x, y, x_weights, y_weights, labels)
+        loss, *gradients = _run(True, *problems, *options, wanted, backend)
         ctx.gradients = None if compiling else gradients
         ctx.options, ctx.backend = options, backend
         ctx.save_for_backward(x, y, x_weights, y_weights, labels)
-        return loss
+        return loss.view(x.shape[:-2])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (B,)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
         x, y, x_weights, y_weights, labels = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         gradients, ctx.gradients = ctx.gradients, None
@@ -337,13 +355,14 @@ class _Gaussian(torch.autograd.Function):
             return (*found, None, None, None)
         if gradients is None:
             # The same kernel on the same inputs: bit for bit what the first backward had.
-            inputs = (x, y, labels, x_weights, y_weights)
-            gradients = _run(False, *inputs, *ctx.options, needs[:2], ctx.backend)
-        upstream = grad_output.contiguous()
+            problems = _problems(x, y, x_weights, y_weights, labels)
+            gradients = _run(False, *problems, *ctx.options, needs[:2], ctx.backend)
+        upstream = grad_output.reshape(-1)
         for gradient in gradients:
             scale_rows_(gradient.flatten(1), upstream, ctx.backend)
-        remaining = iter(gradients)
-        return (*(next(remaining) if need else None for need in needs[:2]), *[None] * 5)
+        each = iter(gradients)
+        of_x, of_y = (next(each).view(z.shape) if need else None for z, need in zip((x, y), needs))
+        return of_x, of_y, None, None, None, None, None
 
 
 def _native(
@@ -355,14 +374,11 @@ def _native(
     options: tuple[int, float, int],
     backend: str,
 ) -> Tensor:
-    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (as_problems(x, 2), as_problems(y, 2)))
-    u, v = (None if z is None else as_problems(z, 1).contiguous() for z in (x_weights, y_weights))
-    numbers = None if labels is None else as_problems(labels, 1).long().contiguous()
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (a, b, u, v)):
-        loss = _Gaussian.apply(a, b, u, v, numbers, options, backend)
-    else:
-        [loss] = _run(True, a, b, numbers, u, v, *options, (False, False), backend)
-    return loss.reshape(x.shape[:-2])
+    inputs = (x, y, x_weights, y_weights)
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs):
+        return _Gaussian.apply(*inputs, labels, options, backend)
+    [loss] = _run(True, *_problems(*inputs, labels), *options, (False, False), backend)
+    return loss.view(x.shape[:-2])
 
 
 def gaussian_wasserstein(
