@@ -126,18 +126,22 @@ def segments(labels: Tensor) -> Tensor:  # (..., n) -> (..., n) int64 in [0, n)
 
 def centre(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Whether there is a sample with weight (...,), the mean (..., d) and x − mean (..., n, d)."""
-    share = proportions(weights, x)
     if x.shape[-2] == 0:
-        return (share > 0).any(-1), x.sum(-2), x
+        return torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device), x.sum(-2), x
     # From the first sample that has weight, so that what is constant is exactly 0.
     if weights is None:
+        there = torch.ones(x.shape[:-2], dtype=torch.bool, device=x.device)
         origin = x[..., :1, :].detach()
+        moved = x - origin
+        shift = moved.mean(-2, keepdim=True)
     else:
+        share = proportions(weights, x)
+        there = (share > 0).any(-1)
         first = (weights > 0).to(torch.int8).argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
         origin = x.detach().gather(-2, first)
-    moved = x - origin
-    shift = (share[..., None] * moved).sum(-2, keepdim=True)
-    return (share > 0).any(-1), (origin + shift).squeeze(-2), moved - shift
+        moved = x - origin
+        shift = (share[..., None] * moved).sum(-2, keepdim=True)
+    return there, (origin + shift).squeeze(-2), moved - shift
 
 
 def moments(

@@ -110,24 +110,25 @@ class _Bures(torch.autograd.Function):
             if a.shape[-2] > a.shape[-1]:
                 (basis_a, left), (basis_b, right) = torch.linalg.qr(a), torch.linalg.qr(b)
             u, _, vh = torch.linalg.svd(left @ right.mT)
-            of_a = left - u @ (vh @ right)
+            q = u @ vh
+            of_a = left - q @ right
             # The decomposition rounds: what is equal has distance 0, and not 1e-14.
             of_a = torch.where((a == b).all(-1).all(-1)[..., None, None], 0, of_a)
             loss = of_a.square().sum((-2, -1))
-            of_b = -(vh.mT @ (u.mT @ of_a))
+            of_b = -(q.mT @ of_a) if ctx.needs_input_grad[1] else None
             if basis_a is not None and basis_b is not None:
-                of_a, of_b = basis_a @ of_a, basis_b @ of_b
+                of_a, of_b = basis_a @ of_a, None if of_b is None else basis_b @ of_b
         ctx.save_for_backward(a, b, of_a, of_b)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # (...,)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # (...,)
         a, b, of_a, of_b = ctx.saved_tensors
         scale = 2 * grad_output[..., None, None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             q = _Polar.apply(a @ b.mT)
             of_a, of_b = a - q @ b, b - q.mT @ a
-        return scale * of_a, scale * of_b
+        return scale * of_a, None if of_b is None else scale * of_b
 
 
 class _Polar(torch.autograd.Function):
