@@ -161,7 +161,7 @@ CASES: Mapping[str, Case] = {
     "wasserstein": Case(
         transport, kdkernels.wasserstein, ((128, 512), (512, 128)), pot=pot_transport, compiles=False
     ),
-    "masked_feature_loss": Case(masked, kdkernels.masked_feature_loss, ((8, 256),), inputs=maps),
+    "masked_feature_loss": Case(masked, kdkernels.masked_feature_loss, ((8, 256),), native=True, inputs=maps),
 }
 CELLS = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
 

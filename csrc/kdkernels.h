@@ -219,6 +219,26 @@ struct GaussianParams {
   DType dtype;
 };
 
+// Squared differences of feature maps under a weight map:
+//
+//   loss = sum_n,hw weight_map_n,hw sum_c (student - teacher)^2_nc,hw
+//   grad_student = 2 weight_map (student - teacher), which is minus the teacher's
+//   squares = sum_c (student - teacher)^2, the map's gradient
+//
+// A null output is not computed.
+struct MaskedFeatureLossParams {
+  const void* student;     // (samples, channels, positions) contiguous
+  const void* teacher;     // (samples, channels, positions) contiguous
+  const void* weight_map;  // (samples, positions) statistics, contiguous
+  void* loss;              // () statistics
+  void* grad_student;      // (samples, channels, positions) contiguous, or null
+  void* squares;           // (samples, positions) statistics, contiguous, or null
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+  DType dtype;
+};
+
 // Rows of one-dimensional transport costs sum gamma |x_i - y_j|^p between the values of two rows,
 // and their gradients (0 where x_i = y_j): by rank where weights are null and n = m, else along
 // merged quantiles. Weights of a problem are shared by its `projections` rows. A row without
@@ -255,6 +275,7 @@ void gaussian(const GaussianParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
+void masked_feature_loss(const MaskedFeatureLossParams& params, int threads);
 void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);

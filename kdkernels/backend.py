@@ -424,6 +424,37 @@ def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) ->
     return gaussian
 
 
+def native_masked_feature_loss(
+    run: Callable[..., None], where: Callable[[Tensor], int]
+) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def masked_feature_loss(
+        student: Tensor,  # (N, C, H, W) contiguous
+        teacher: Tensor,  # (N, C, H, W) contiguous
+        weight_map: Tensor,  # (N, H, W) statistics' dtype, contiguous
+        loss: Tensor,  # ()
+        grad_student: Tensor | None,  # (N, C, H, W) contiguous
+        squares: Tensor | None,  # (N, H, W) contiguous
+    ) -> None:
+        samples, channels, height, width = student.shape
+        run(
+            where(student),
+            _DTYPE_CODE[student.dtype],
+            samples,
+            channels,
+            height * width,
+            student.data_ptr(),
+            teacher.data_ptr(),
+            weight_map.data_ptr(),
+            loss.data_ptr(),
+            _address(grad_student),
+            _address(squares),
+        )
+
+    return masked_feature_loss
+
+
 def native_sliced_wasserstein(
     run: Callable[..., None], where: Callable[[Tensor], int]
 ) -> Callable[..., None]:
@@ -471,6 +502,7 @@ NATIVE = {
 # What it has for the CPU alone.
 NATIVE_CPU = {
     "gaussian": native_gaussian,
+    "masked_feature_loss": native_masked_feature_loss,
     "sliced_wasserstein": native_sliced_wasserstein,
 }
 

@@ -191,6 +191,23 @@ GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, i
   return params;
 }
 
+MaskedFeatureLossParams masked_feature_loss_params(int dtype, int64_t samples, int64_t channels,
+                                                   int64_t positions, uintptr_t student,
+                                                   uintptr_t teacher, uintptr_t weight_map,
+                                                   uintptr_t loss, uintptr_t grad_student,
+                                                   uintptr_t squares) {
+  return {address<const void>(student),
+          address<const void>(teacher),
+          address<const void>(weight_map),
+          address<void>(loss),
+          address<void>(grad_student),
+          address<void>(squares),
+          samples,
+          channels,
+          positions,
+          static_cast<DType>(dtype)};
+}
+
 SlicedWassersteinParams sliced_wasserstein_params(int dtype, int64_t rows, int64_t projections,
                                                   int64_t n, int64_t m, uintptr_t x, uintptr_t y,
                                                   uintptr_t x_weights, uintptr_t y_weights,
@@ -252,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_count_labels", [](uintptr_t labels, int64_t rows, int64_t label) {
     return cpu::count_labels(address<const int64_t>(labels), rows, label);
   });
+  bind_cpu(m, "cpu_masked_feature_loss", masked_feature_loss_params, cpu::masked_feature_loss);
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);

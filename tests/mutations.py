@@ -182,7 +182,9 @@ MUTATIONS = [
     Mutation("anchor: sign of the gradient", "kdkernels/ops/anchor_penalty.py", "differences, 2 * grad_output", "differences, -2 * grad_output", "tests/test_anchor_penalty.py"),
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
-    Mutation("masked: half the gradient", "kdkernels/ops/masked_feature_loss.py", "(2 * grad_output * weight_map)", "(grad_output * weight_map)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
+    Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
 ]  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from distances import assert_equal_up_to_rounding, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kdkernels
 from kdkernels import MaskedFeatureLoss, masked_feature_loss
 
-over_backends = pytest.mark.parametrize("backend", [None, "reference"])
+BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def formula(student, teacher, masks, mask_weights=None, *, eps=1e-6):
@@ -125,6 +127,28 @@ def test_memory():
     assert largest <= 4 * max(student.nbytes, masks.nbytes)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+def test_opcheck():
+    student, teacher, masks, _ = data(dtype=torch.float32)
+    for needs in ([True, True], [False, True], [True, False]):
+        torch.library.opcheck(
+            torch.ops.kdkernels.masked_feature_loss.default,
+            (student, teacher, masks[:, 0].contiguous(), needs, "cpu"),
+        )
+
+
+@over_backends
+def test_backward_twice_and_no_shared_buffer(backend):
+    inputs = [z.requires_grad_() for z in data(2, 3, 2, 20, 30, dtype=torch.float32)]
+    loss = masked_feature_loss(*inputs, backend=backend)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(3 * loss, inputs)
+    for a, copy, b in zip(first, kept, second):
+        assert torch.equal(a, copy) and a.data_ptr() != b.data_ptr()
+        torch.testing.assert_close(b, 3 * a)
+
+
 def test_compile():
     inputs = data(dtype=torch.float32)
     torch._dynamo.reset()
@@ -166,5 +190,5 @@ def test_bad_input():
             masked_feature_loss(*wrong)
     with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         masked_feature_loss(student, teacher, masks, eps=-1)
-    with pytest.raises(ValueError, match="has no backend 'cuda', only reference"):
+    with pytest.raises(ValueError, match="has no backend 'cuda', only reference, cpu"):
         masked_feature_loss(student, teacher, masks, backend="cuda")

@@ -9,19 +9,23 @@ M enters squared above and plainly below, as in the release. The sums over t and
 so one weight map and one reduction do, and no (N, T, C, H, W) tensor is made.
 
 Gradient: 2 w (S − F) / N to the student, its negative to the teacher; Σ_c (S − F)² to the map, and through that to
-masks and mask weights. Saved: the inputs, the map and Σ_c (S − F)².
+masks and mask weights. The native form makes them with the loss (2 reads and 1 write of the features), saves them
+beside its inputs and hands them out once; a later backward computes them again. Second derivatives go through the
+reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.backend import resolve, statistics_dtype
-from kdkernels.ops.features import FeatureLoss, check_at_least
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.ops.features import FeatureLoss, by_reference, check_at_least
 from kdkernels.ops.rows import kind_of
+from kdkernels.ops.scale_rows import scale_rows_
 
 
 def masked_feature_loss_reference(
@@ -49,32 +53,82 @@ def _weight_map(
     return (share[..., None, None] * masks.square()).sum(1)
 
 
+def _weighted_squares_reference(student: Tensor, teacher: Tensor, weight_map: Tensor) -> Tensor:
+    return (weight_map * (student.to(weight_map.dtype) - teacher).square().sum(1)).sum()
+
+
+_INPUTS = "Tensor student, Tensor teacher, Tensor weight_map, bool[] needs, str backend"
+# The loss, then as `needs` asks for them the gradients of the student (minus the teacher's) and of the map.
+LIBRARY.define(f"masked_feature_loss({_INPUTS}) -> Tensor[]")
+
+
+def _outputs(
+    student: Tensor, teacher: Tensor, weight_map: Tensor, needs: Sequence[bool], backend: str
+) -> list[Tensor | None]:
+    return [
+        weight_map.new_empty(()),
+        torch.empty_like(student, memory_format=torch.contiguous_format) if needs[0] else None,
+        torch.empty_like(weight_map, memory_format=torch.contiguous_format) if needs[1] else None,
+    ]
+
+
+def _body(
+    student: Tensor, teacher: Tensor, weight_map: Tensor, needs: Sequence[bool], backend: str
+) -> list[Tensor]:
+    outputs = _outputs(student, teacher, weight_map, needs, backend)
+    inputs = (z.contiguous() for z in (student, teacher, weight_map))
+    launcher(backend, "masked_feature_loss")(*inputs, *outputs)
+    return [output for output in outputs if output is not None]
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    return [output for output in _outputs(*arguments) if output is not None]
+
+
+LIBRARY.impl("masked_feature_loss", _body, "CPU")
+torch.library.register_fake("kdkernels::masked_feature_loss", _fake, lib=LIBRARY)
+
+
 class _WeightedSquares(torch.autograd.Function):
     """Σ w Σ_c (student − teacher)²."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight_map: Tensor) -> Tensor:
-        difference = student.to(weight_map.dtype) - teacher
-        squares = difference.square_().sum(1)
-        ctx.save_for_backward(student, teacher, weight_map, squares if ctx.needs_input_grad[2] else None)
-        return (weight_map * squares).sum()
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight_map: Tensor, backend: str) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(student, teacher, weight_map)
+        # A captured graph cannot hand a buffer out once: there the backward computes.
+        ctx.compiling = torch.compiler.is_compiling()
+        loss, *ctx.gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, not ctx.compiling)
+        return loss
+
+    @staticmethod
+    def run(ctx: Any, student: Tensor, teacher: Tensor, weight_map: Tensor, wanted: bool) -> list[Tensor]:
+        of_student, of_teacher, of_map, _ = ctx.needs_input_grad
+        needs = [wanted and (of_student or of_teacher), wanted and of_map]
+        run = _body if unobserved(student) else torch.ops.kdkernels.masked_feature_loss
+        return run(student, teacher, weight_map, needs, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # ()
-        student, teacher, weight_map, squares = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        student, teacher, weight_map = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients, ctx.gradients = ctx.gradients, None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = (student, teacher, weight_map)
+            return (*by_reference(_weighted_squares_reference, inputs, needs, grad_output, True), None)
+        if gradients is None or ctx.compiling:
+            # The same kernel on the same inputs: bit for bit what the first backward had.
+            gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, True)[1:]
         of_student = of_teacher = of_map = None
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if twice or needs[0] or needs[1]:
-            difference = student.to(weight_map.dtype) - teacher
-            if twice:
-                squares = difference.square().sum(1)
-            gradient = difference * (2 * grad_output * weight_map)[:, None]
-            of_student = gradient.to(student.dtype) if needs[0] else None
-            of_teacher = -gradient.to(teacher.dtype) if needs[1] else None
+        if needs[0] or needs[1]:
+            gradient = gradients[0]
+            if gradient.numel():
+                scale_rows_(gradient.flatten(1), grad_output.contiguous(), ctx.backend)
+            of_student = gradient if needs[0] else None
+            of_teacher = -gradient if needs[1] else None
         if needs[2]:
-            of_map = grad_output * squares
-        return of_student, of_teacher, of_map
+            of_map = gradients[-1] * grad_output
+        return of_student, of_teacher, of_map, None
 
 
 def masked_feature_loss(
@@ -96,7 +150,7 @@ def masked_feature_loss(
         masks: (N, T, H, W), floating or bool.
         mask_weights: floating (N, T), such as a softmax over T; None is 1 for each (the release for segmentation).
         eps: ≥ 0, added to each mask's sum: an empty mask adds 0. 0 is the release for detection (NaN of an empty mask).
-        backend: "reference" or None.
+        backend: "reference" or "cpu"; None takes the best that there is. A named one is obeyed or raises.
 
     Returns:
         (): float32, or float64 for float64 features. 0 of an empty batch.
@@ -135,11 +189,11 @@ def masked_feature_loss(
         if other is not None and other.device != student.device:
             raise ValueError(f"{name} must be on the student's device {student.device}, got {other.device}")
     check_at_least(eps, "eps", 0)
-    resolve(backend, student, "student", has=("reference",))
+    backend = resolve(backend, student, "student", has=("reference", "cpu"))
     if backend == "reference":
         return masked_feature_loss_reference(student, teacher, masks, mask_weights, eps=eps)
     weight_map = _weight_map(masks, mask_weights, student, eps) / max(n, 1)
-    return _WeightedSquares.apply(student, teacher, weight_map)
+    return _WeightedSquares.apply(student, teacher, weight_map, backend)
 
 
 class MaskedFeatureLoss(FeatureLoss):
