@@ -15,10 +15,11 @@
 namespace kdkernels::cpu {
 namespace {
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
-// Shorter rows are faster sorted by comparisons (measured at 128 to 512 values).
-constexpr int64_t kRadixFrom = 256;
+// Rows below the first are sorted by comparisons; those below the second by digits of 8 bits, whose
+// counts are soon cleared and added up; longer ones by digits of 11, in fewer passes.
+constexpr int64_t kRadixFrom = 64;
+constexpr int64_t kLongFrom = 1024;
+constexpr size_t kCounts = 8 * 2048;  // for any of them
 // About 10 ns a value, so that this many are worth waking a thread.
 constexpr int64_t kValuesPerThread = 2048;
 
@@ -69,13 +70,9 @@ S value_of(typename Item<S>::Bits key) {
   return value;
 }
 
-// Sorts items[0..n), with spare[0..n) to work in; returns which of the two holds the result.
-template <typename S>
-Item<S>* sort_items(Item<S>* items, Item<S>* spare, int64_t n, uint32_t* counts) {
-  if (n < kRadixFrom) {
-    std::sort(items, items + n);
-    return items;
-  }
+template <int kDigitBits, typename S>
+Item<S>* radix_sort(Item<S>* items, Item<S>* spare, int64_t n, uint32_t* counts) {
+  constexpr int kDigits = 1 << kDigitBits;
   constexpr int kPasses = (8 * sizeof(typename Item<S>::Bits) + kDigitBits - 1) / kDigitBits;
   std::fill_n(counts, kPasses * kDigits, 0u);
   for (int64_t i = 0; i < n; ++i) {
@@ -100,6 +97,17 @@ Item<S>* sort_items(Item<S>* items, Item<S>* spare, int64_t n, uint32_t* counts)
     std::swap(items, spare);
   }
   return items;
+}
+
+// Sorts items[0..n), with spare[0..n) to work in; returns which of the two holds the result.
+template <typename S>
+Item<S>* sort_items(Item<S>* items, Item<S>* spare, int64_t n, uint32_t* counts) {
+  if (n < kRadixFrom) {
+    std::sort(items, items + n);
+    return items;
+  }
+  return n < kLongFrom ? radix_sort<8, S>(items, spare, n, counts)
+                       : radix_sort<11, S>(items, spare, n, counts);
 }
 
 // What a row is sorted in.
@@ -196,10 +204,7 @@ template <typename S>
 void run_rows(const SlicedWassersteinParams& params, int64_t begin_row, int64_t end_row) {
   const int64_t n = params.n, m = params.m;
   Room<S> room_x(n), room_y(m);
-  std::vector<uint32_t> counts(std::max(n, m) < kRadixFrom
-                                   ? 0
-                                   : (8 * sizeof(S) + kDigitBits - 1) / kDigitBits *
-                                         static_cast<size_t>(kDigits));
+  std::vector<uint32_t> counts(kCounts);
   for (int64_t r = begin_row; r < end_row; ++r) {
     const int64_t problem = r / params.projections;
     const auto at = [](const void* base, int64_t offset) {
