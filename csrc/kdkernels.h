@@ -225,6 +225,83 @@ struct PoolMseParams {
   DType dtype;
 };
 
+enum class GaussianDistance : int32_t { kWasserstein = 0, kKl = 1 };
+
+// Distances of the diagonal Gaussians of two batches of features. With means and variances (ddof 0)
+// of the samples, each of its weight, s^2 = v:
+//
+//   kWasserstein  sum_j (mean_x - mean_y)^2 + (s_x - s_y)^2
+//   kKl           1/2 sum_j (v_x / v_y - 1 - log(v_x / v_y) + (mean_x - mean_y)^2 / v_y), eps added
+//   to
+//                 both variances
+//
+// With labels (x and y have the same samples then), the sum over each problem's classes; of a KL,
+// those with min_samples samples of positive weight on both sides. What has no weight on a side is
+// 0. A null output is not computed.
+struct GaussianParams {
+  const void* x;          // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
+  const void* y;          // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
+  const int64_t* labels;  // (problems, x_samples) contiguous, or null
+  const void* x_weights;  // (problems, x_samples) statistics, contiguous, or null: 1
+  const void* y_weights;  // (problems, y_samples) statistics, contiguous, or null: 1
+  void* loss;             // (problems,) statistics
+  void* grad_x;           // (problems, x_samples, features) contiguous, or null
+  void* grad_y;           // (problems, y_samples, features) contiguous, or null
+  double eps;
+  int64_t min_samples;
+  int64_t problems;
+  int64_t x_samples;
+  int64_t y_samples;
+  int64_t features;
+  int64_t x_problem_stride;
+  int64_t x_stride;
+  int64_t y_problem_stride;
+  int64_t y_stride;
+  GaussianDistance distance;
+  DType dtype;
+};
+
+// Squared differences of feature maps under a weight map:
+//
+//   loss = sum_n,hw weight_map_n,hw sum_c (student - teacher)^2_nc,hw
+//   grad_student = 2 weight_map (student - teacher), which is minus the teacher's
+//   squares = sum_c (student - teacher)^2, the map's gradient
+//
+// A null output is not computed.
+struct MaskedFeatureLossParams {
+  const void* student;     // (samples, channels, positions) contiguous
+  const void* teacher;     // (samples, channels, positions) contiguous
+  const void* weight_map;  // (samples, positions) statistics, contiguous
+  void* loss;              // () statistics
+  void* grad_student;      // (samples, channels, positions) contiguous, or null
+  void* squares;           // (samples, positions) statistics, contiguous, or null
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+  DType dtype;
+};
+
+// Rows of one-dimensional transport costs sum gamma |x_i - y_j|^p between the values of two rows,
+// and their gradients (0 where x_i = y_j): by rank where weights are null and n = m, else along
+// merged quantiles. Weights of a problem are shared by its `projections` rows. A row without
+// weight, or without values, on a side is 0. float32 and float64 only. A null output is not
+// computed.
+struct SlicedWassersteinParams {
+  const void* x;          // (rows, n) contiguous
+  const void* y;          // (rows, m) contiguous
+  const void* x_weights;  // (rows / projections, n) contiguous, or null: 1
+  const void* y_weights;  // (rows / projections, m) contiguous, or null: 1
+  void* loss;             // (rows,)
+  void* grad_x;           // (rows, n) contiguous, or null
+  void* grad_y;           // (rows, m) contiguous, or null
+  double p;
+  int64_t rows;
+  int64_t projections;
+  int64_t n;
+  int64_t m;
+  DType dtype;
+};
+
 // grad[r, :] *= scale[r], in place. A row whose scale is exactly 1 is neither read nor written.
 struct ScaleRowsParams {
   void* grad;         // (rows, classes) contiguous
@@ -253,13 +330,16 @@ struct Bf16LinearParams {
 namespace cpu {
 bool has_bf16_linear();
 void bf16_linear(const Bf16LinearParams& params, int threads);
+void gaussian(const GaussianParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
+void masked_feature_loss(const MaskedFeatureLossParams& params, int threads);
 void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void pool_mse(const PoolMseParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
+void sliced_wasserstein(const SlicedWassersteinParams& params, int threads);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0 is success); `stream` is a cudaStream_t. float64 is not taken.

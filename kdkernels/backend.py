@@ -92,27 +92,31 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, str]:
     return {name: _why_not(name, kind) or "available" for name in BACKENDS}
 
 
-def resolve(backend: str | None, tensor: Tensor, name: str) -> str:
-    """The backend that runs a call on `tensor` (the argument called `name`).
+def resolve(backend: str | None, tensor: Tensor, name: str, has: tuple[str, ...] = BACKENDS) -> str:
+    """The backend that runs a call on `tensor` (the argument called `name`), of those that the op `has`.
 
-    Raises ValueError for an unknown backend, RuntimeError for one that is not available on the tensor's
-    device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
+    Raises ValueError for an unknown backend or one that the op has not, RuntimeError for one that is not available
+    on the tensor's device, TypeError for a dtype it does not take. ``None`` takes the first that fits.
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be None or a name, got {backend!r}")
-    return _resolve(backend, tensor.device.type, tensor.dtype, name)
+    return _resolve(backend, tensor.device.type, tensor.dtype, name, has)
 
 
 @functools.cache
-def _resolve(backend: str | None, device: str, dtype: torch.dtype, name: str) -> str:
+def _resolve(
+    backend: str | None, device: str, dtype: torch.dtype, name: str, has: tuple[str, ...] = BACKENDS
+) -> str:
     if dtype not in DTYPES["reference"]:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_short(dtype)}")
     if backend is None:
         for candidate in _PREFERENCE.get(device, ("reference",)):
-            if not _why_not(candidate, device) and dtype in DTYPES[candidate]:
+            if candidate in has and not _why_not(candidate, device) and dtype in DTYPES[candidate]:
                 return candidate
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in has:
+        raise ValueError(f"this loss, with these options, has no backend {backend!r}, only {', '.join(has)}")
     reason = _why_not(backend, device)
     if reason:
         raise RuntimeError(f"backend {backend!r} is not available for {name} on {device}: {reason}")
@@ -425,6 +429,115 @@ def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) 
     return scale_rows
 
 
+def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def gaussian(
+        x: Tensor,  # (B, n, d), features side by side
+        y: Tensor,  # (B, m, d), features side by side
+        labels: Tensor | None,  # (B, n) int64, contiguous
+        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
+        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+        distance: int,
+        eps: float,
+        min_samples: int,
+        loss: Tensor,  # (B,)
+        grad_x: Tensor | None,  # (B, n, d) contiguous
+        grad_y: Tensor | None,  # (B, m, d) contiguous
+    ) -> None:
+        problems, samples, width = x.shape
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            problems,
+            samples,
+            y.shape[1],
+            width,
+            *x.stride()[:2],
+            *y.stride()[:2],
+            x.data_ptr(),
+            y.data_ptr(),
+            _address(labels),
+            _address(x_weights),
+            _address(y_weights),
+            distance,
+            eps,
+            min_samples,
+            loss.data_ptr(),
+            _address(grad_x),
+            _address(grad_y),
+        )
+
+    return gaussian
+
+
+def native_masked_feature_loss(
+    run: Callable[..., None], where: Callable[[Tensor], int]
+) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def masked_feature_loss(
+        student: Tensor,  # (N, C, H, W) contiguous
+        teacher: Tensor,  # (N, C, H, W) contiguous
+        weight_map: Tensor,  # (N, H, W) statistics' dtype, contiguous
+        loss: Tensor,  # ()
+        grad_student: Tensor | None,  # (N, C, H, W) contiguous
+        squares: Tensor | None,  # (N, H, W) contiguous
+    ) -> None:
+        samples, channels, height, width = student.shape
+        run(
+            where(student),
+            _DTYPE_CODE[student.dtype],
+            samples,
+            channels,
+            height * width,
+            student.data_ptr(),
+            teacher.data_ptr(),
+            weight_map.data_ptr(),
+            loss.data_ptr(),
+            _address(grad_student),
+            _address(squares),
+        )
+
+    return masked_feature_loss
+
+
+def native_sliced_wasserstein(
+    run: Callable[..., None], where: Callable[[Tensor], int]
+) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def sliced_wasserstein(
+        x: Tensor,  # (B, L, n) contiguous, float32 or float64
+        y: Tensor,  # (B, L, m) contiguous
+        x_weights: Tensor | None,  # (B, n) contiguous
+        y_weights: Tensor | None,  # (B, m) contiguous
+        p: float,
+        loss: Tensor,  # (B, L)
+        grad_x: Tensor | None,  # (B, L, n) contiguous
+        grad_y: Tensor | None,  # (B, L, m) contiguous
+    ) -> None:
+        problems, projections, n = x.shape
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            problems * projections,
+            projections,
+            n,
+            y.shape[2],
+            x.data_ptr(),
+            y.data_ptr(),
+            _address(x_weights),
+            _address(y_weights),
+            p,
+            loss.data_ptr(),
+            _address(grad_x),
+            _address(grad_y),
+        )
+
+    return sliced_wasserstein
+
+
 # What the native module has: the name of each kernel, and what makes its launcher.
 NATIVE = {
     "kl_div": native_kl_div,
@@ -433,6 +546,12 @@ NATIVE = {
     "pool_mse": native_pool_mse,
     "scale_rows": native_scale_rows,
     "topk_kl_div": native_topk_kl_div,
+}
+# What it has for the CPU alone.
+NATIVE_CPU = {
+    "gaussian": native_gaussian,
+    "masked_feature_loss": native_masked_feature_loss,
+    "sliced_wasserstein": native_sliced_wasserstein,
 }
 
 
@@ -446,6 +565,9 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
     if importlib.util.find_spec("triton") is not None:
         for name in (*NATIVE, "linear_loss"):
             table["triton", name] = _first_use(name)
+    for name, launcher_over in NATIVE_CPU.items():
+        if _C is not None:
+            table["cpu", name] = launcher_over(getattr(_C, f"cpu_{name}"), _threads)
     return table
 
 

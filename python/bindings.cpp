@@ -193,6 +193,75 @@ PoolMseParams pool_mse_params(int dtype, int64_t batch, int64_t channels, int64_
   return params;
 }
 
+GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
+                               int64_t features, int64_t x_problem_stride, int64_t x_stride,
+                               int64_t y_problem_stride, int64_t y_stride, uintptr_t x, uintptr_t y,
+                               uintptr_t labels, uintptr_t x_weights, uintptr_t y_weights,
+                               int distance, double eps, int64_t min_samples, uintptr_t loss,
+                               uintptr_t grad_x, uintptr_t grad_y) {
+  GaussianParams params;
+  params.x = address<const void>(x);
+  params.y = address<const void>(y);
+  params.labels = address<const int64_t>(labels);
+  params.x_weights = address<const void>(x_weights);
+  params.y_weights = address<const void>(y_weights);
+  params.loss = address<void>(loss);
+  params.grad_x = address<void>(grad_x);
+  params.grad_y = address<void>(grad_y);
+  params.eps = eps;
+  params.min_samples = min_samples;
+  params.problems = problems;
+  params.x_samples = x_samples;
+  params.y_samples = y_samples;
+  params.features = features;
+  params.x_problem_stride = x_problem_stride;
+  params.x_stride = x_stride;
+  params.y_problem_stride = y_problem_stride;
+  params.y_stride = y_stride;
+  params.distance = static_cast<GaussianDistance>(distance);
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
+MaskedFeatureLossParams masked_feature_loss_params(int dtype, int64_t samples, int64_t channels,
+                                                   int64_t positions, uintptr_t student,
+                                                   uintptr_t teacher, uintptr_t weight_map,
+                                                   uintptr_t loss, uintptr_t grad_student,
+                                                   uintptr_t squares) {
+  return {address<const void>(student),
+          address<const void>(teacher),
+          address<const void>(weight_map),
+          address<void>(loss),
+          address<void>(grad_student),
+          address<void>(squares),
+          samples,
+          channels,
+          positions,
+          static_cast<DType>(dtype)};
+}
+
+SlicedWassersteinParams sliced_wasserstein_params(int dtype, int64_t rows, int64_t projections,
+                                                  int64_t n, int64_t m, uintptr_t x, uintptr_t y,
+                                                  uintptr_t x_weights, uintptr_t y_weights,
+                                                  double p, uintptr_t loss, uintptr_t grad_x,
+                                                  uintptr_t grad_y) {
+  SlicedWassersteinParams params;
+  params.x = address<const void>(x);
+  params.y = address<const void>(y);
+  params.x_weights = address<const void>(x_weights);
+  params.y_weights = address<const void>(y_weights);
+  params.loss = address<void>(loss);
+  params.grad_x = address<void>(grad_x);
+  params.grad_y = address<void>(grad_y);
+  params.p = p;
+  params.rows = rows;
+  params.projections = projections;
+  params.n = n;
+  params.m = m;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
 ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, uintptr_t grad,
                                   uintptr_t scale, int64_t scale_stride) {
   return {address<void>(grad), address<const void>(scale), rows, classes,
@@ -241,6 +310,7 @@ void bind_cuda(py::module_& m, const char* name, Params (*make)(Args...),
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
+  bind_cpu(m, "cpu_gaussian", gaussian_params, cpu::gaussian);
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
   m.def("cpu_has_bf16_linear", cpu::has_bf16_linear);
@@ -248,10 +318,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_count_labels", [](uintptr_t labels, int64_t rows, int64_t label) {
     return cpu::count_labels(address<const int64_t>(labels), rows, label);
   });
+  bind_cpu(m, "cpu_masked_feature_loss", masked_feature_loss_params, cpu::masked_feature_loss);
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
   bind_cpu(m, "cpu_pool_mse", pool_mse_params, cpu::pool_mse);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
+  bind_cpu(m, "cpu_sliced_wasserstein", sliced_wasserstein_params, cpu::sliced_wasserstein);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
   bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);

@@ -37,6 +37,10 @@ CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.
 
 LINEAR, PROJECTION = "kdkernels/ops/linear_loss.py", "kdkernels/ops/projection.py"
 STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/shared_classifier_loss.py"
+CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
+OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
+    f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
+)
 
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
@@ -62,6 +66,10 @@ def family(backend: str, words: str) -> str:
 
 def linear(backend: str, words: str, op: str = "linear_loss") -> str:
     return f"tests/test_{op}.py -k '{backend} and ({words})'"
+
+
+def distance(suite: str, words: str) -> str:
+    return f"tests/test_{suite}.py -k '{words}'"
 
 
 MUTATIONS = [
@@ -236,6 +244,36 @@ MUTATIONS = [
     Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
     Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
     Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
+    Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
+    Mutation("gaussian cpu: sign of y's gradient", CPU_GAUSSIAN, "write_gradient(y, weight_y, n, S(-1)", "write_gradient(y, weight_y, n, S(1)", distance("gaussian", "diagonal_wasserstein")),
+    Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
+    Mutation("gaussian cpu: min_samples ignored", CPU_GAUSSIAN, "count_x < least || count_y < least", "false", distance("gaussian", "min_samples")),
+    Mutation("gaussian cpu: ratio that rounds to 0", CPU_GAUSSIAN, "more < S(0) ? -more / a : t", "more < S(0) ? S(1) / (S(1) + t) - S(1) : t", distance("gaussian", "dead_units")),
+    Mutation("gaussian cpu: no origin", CPU_GAUSSIAN, "(x[j] - origin[j]);", "x[j];", distance("features", "exactly_zero or weights_of_one or diagonal")),
+    Mutation("gaussian cpu: one class", CPU_GAUSSIAN, "c + 1 < classes.starts.size()", "c < 1", distance("features", "labels_are")),
+    Mutation("gaussian op: buffer handed out twice", OP_GAUSSIAN, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
+    Mutation("gaussian op: upstream gradient ignored", OP_GAUSSIAN, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
+    Mutation("bures: zero gradient", OP_GAUSSIAN, "return scale * of_a, None", "return 0 * scale * of_a, None", distance("gaussian", "textbook")),
+    Mutation("bures: derivative of Q left out", OP_GAUSSIAN, "q = _Polar.apply(a @ b.mT)", "q = _Polar.apply((a @ b.mT).detach())", distance("features", "gradcheck and full")),
+    Mutation("bures: equal is 1e-14", OP_GAUSSIAN, "[..., None, None], 0, of_a)", "[..., None, None], of_a, of_a)", distance("features", "exactly_zero and full")),
+    Mutation("kl: no shrinkage of the trace", OP_GAUSSIAN, "shrinkage * v.mean(-1, keepdim=True) + eps", "eps", distance("gaussian", "shrinkage")),
+    Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
+    Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
+    Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
+    Mutation("sliced cpu: zero gradient", CPU_SLICED, "= share * slope;", "= 0 * slope;", distance("sliced_wasserstein", "one_dimension")),
+    Mutation("sliced cpu: sign of y's gradient", CPU_SLICED, "= -share * slope;", "= share * slope;", distance("sliced_wasserstein", "one_dimension")),
+    Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),
+    Mutation("sliced cpu: minus signs sort upside down", CPU_SLICED, "return bits & kSign ? ~bits : bits | kSign;", "return bits ^ kSign;", distance("sliced_wasserstein", "special or every")),
+    Mutation("sliced cpu: weights ignored", CPU_SLICED, "if (weights != nullptr) sum +=", "if (false) sum +=", distance("sliced_wasserstein", "scipy")),
+    Mutation("wasserstein: one coupling for all", OP_WASSERSTEIN, "i, j = solver.linear_sum_assignment(c)", "i, j = np.arange(len(c)), np.arange(len(c))", "tests/test_wasserstein.py -k brute"),
+    Mutation("wasserstein: labels cost nothing", OP_WASSERSTEIN, "(of_features + label_weight * of_labels)", "of_features", "tests/test_wasserstein.py -k joint"),
+    Mutation("joint: distances within x", OP_WASSERSTEIN, "    cost = distances(x, y, p)\n    scale", "    cost = distances(x, x, p)\n    scale", "tests/test_wasserstein.py -k joint"),
+    Mutation("anchor: sign of the gradient", "kdkernels/ops/anchor_penalty.py", "differences, 2 * grad_output", "differences, -2 * grad_output", "tests/test_anchor_penalty.py"),
+    Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
+    Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
+    Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
 ]  # fmt: skip
 
 

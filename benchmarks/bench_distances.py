@@ -1,0 +1,200 @@
+"""Distances of two batches of features, beside what people write today: eager PyTorch, `torch.compile` of it, and POT.
+
+Forward + backward for x. The formulas are the textbooks'; KD²M's code has the same for the Gaussians, exact transport
+and the classes' loop. "cpu" is the native kernel; where there is none, our form in plain PyTorch goes by "reference".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from benchmarks import harness, peers
+from benchmarks.harness import Loss
+
+OT, NO_POT = peers.library("ot")
+EPS = 1e-6
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), x.var(0, correction=0)
+
+
+def wasserstein_of_gaussians(x: Tensor, y: Tensor) -> Tensor:
+    (mean_x, v_x), (mean_y, v_y) = moments(x), moments(y)
+    # What keeps the root's gradient finite where a class has one sample.
+    return (mean_x - mean_y).square().sum() + ((v_x + 1e-12).sqrt() - (v_y + 1e-12).sqrt()).square().sum()
+
+
+def kl_of_gaussians(x: Tensor, y: Tensor) -> Tensor:
+    (mean_x, v_x), (mean_y, v_y) = moments(x), moments(y)
+    v_x, v_y = v_x + EPS, v_y + EPS
+    return 0.5 * (v_x / v_y - 1 - torch.log(v_x / v_y) + (mean_x - mean_y).square() / v_y).sum()
+
+
+def each_class(distance: Loss, least: int, x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+    total = x.sum() * 0
+    for label in labels.unique():
+        here = labels == label
+        if here.sum() >= least:
+            total = total + distance(x[here], y[here])
+    return total
+
+
+def bures(x: Tensor, y: Tensor) -> Tensor:
+    """Through the singular values of the samples' products: what to write if one knows."""
+    a, b = ((z - z.mean(0)) / len(z) ** 0.5 for z in (x, y))
+    traces = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return (x.mean(0) - y.mean(0)).square().sum() + traces
+
+
+def pot_bures(x: Tensor, y: Tensor) -> Tensor:
+    c_x, c_y = torch.cov(x.T, correction=0), torch.cov(y.T, correction=0)
+    return OT.gaussian.bures_wasserstein_distance(x.mean(0), y.mean(0), c_x, c_y).square()
+
+
+def coral(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.cov(x.T) - torch.cov(y.T)).square().sum() / (4 * x.shape[1] ** 2)
+
+
+def sliced(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    return ((x @ directions.T).sort(0).values - (y @ directions.T).sort(0).values).square().mean()
+
+
+def pot_sliced(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    return OT.sliced_wasserstein_distance(x, y, projections=directions.T).square()
+
+
+def transport(x: Tensor, y: Tensor) -> Tensor:
+    """KD²M, with scipy for its plan."""
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.cdist(x, y).square()
+    rows, columns = linear_sum_assignment(cost.detach().cpu().numpy())
+    return cost[rows, columns].mean()
+
+
+def pot_transport(x: Tensor, y: Tensor) -> Tensor:
+    cost = torch.cdist(x, y).square()
+    weights = torch.full((len(x),), 1 / len(x), dtype=x.dtype)
+    return OT.emd2(weights, weights, cost)
+
+
+def masked(student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    difference = masks[:, :, None] * (student - teacher)[:, None]
+    each = difference.square().sum((-2, -1)) / (masks.sum((-2, -1)) + EPS)[..., None]
+    return (each.mean(-1) * weights).sum(1).mean()
+
+
+def pairs(n: int, d: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, d, generator=generator) for _ in range(2))
+    return [x, 0.7 * y + 0.1]
+
+
+def labelled(n: int, d: int, classes: int = 100) -> list[Tensor]:
+    labels = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(1))
+    return [*pairs(n, d), labels]
+
+
+def projected(n: int, d: int, projections: int = 128) -> list[Tensor]:
+    directions = torch.randn(projections, d, generator=torch.Generator().manual_seed(1))
+    return [*pairs(n, d), torch.nn.functional.normalize(directions, dim=-1)]
+
+
+def maps(n: int, c: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(n, c, 32, 32, generator=generator) for _ in range(2))
+    masks = torch.sigmoid(torch.randn(n, 6, 32, 32, generator=generator))
+    return [student, teacher, masks, torch.softmax(torch.randn(n, 6, generator=generator), -1)]
+
+
+class Case(NamedTuple):
+    eager: Loss
+    ours: Loss
+    shapes: tuple[tuple[int, int], ...]
+    pot: Loss | None = None
+    native: bool = False
+    compiles: bool = True
+    inputs: Callable[[int, int], list[Tensor]] = pairs
+
+
+CASES: Mapping[str, Case] = {
+    "gaussian_wasserstein": Case(
+        wasserstein_of_gaussians, kdkernels.gaussian_wasserstein, ((128, 512), (2048, 128)), native=True
+    ),
+    "gaussian_wasserstein of 100 classes": Case(
+        partial(each_class, wasserstein_of_gaussians, 1),
+        lambda x, y, labels: kdkernels.gaussian_wasserstein(x, y, labels=labels),
+        ((128, 512), (1024, 512)),
+        native=True,
+        compiles=False,
+        inputs=labelled,
+    ),
+    "gaussian_wasserstein, full": Case(
+        bures, partial(kdkernels.gaussian_wasserstein, covariance="full"), ((128, 512),), pot=pot_bures
+    ),
+    "gaussian_kl": Case(kl_of_gaussians, kdkernels.gaussian_kl, ((128, 512), (2048, 128)), native=True),
+    "gaussian_kl of 100 classes": Case(
+        partial(each_class, kl_of_gaussians, 2),
+        lambda x, y, labels: kdkernels.gaussian_kl(x, y, labels=labels),
+        ((128, 512),),
+        native=True,
+        compiles=False,
+        inputs=labelled,
+    ),
+    "coral": Case(coral, kdkernels.coral, ((128, 512), (2048, 128))),
+    "sliced_wasserstein": Case(
+        sliced,
+        lambda x, y, directions: kdkernels.sliced_wasserstein(x, y, projections=directions),
+        ((128, 512), (2048, 128)),
+        pot=pot_sliced,
+        native=True,
+        inputs=projected,
+    ),
+    "wasserstein": Case(
+        transport, kdkernels.wasserstein, ((128, 512), (512, 128)), pot=pot_transport, compiles=False
+    ),
+    "masked_feature_loss": Case(masked, kdkernels.masked_feature_loss, ((8, 256),), native=True, inputs=maps),
+}
+CELLS = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
+
+
+@pytest.mark.parametrize(("name", "shape"), CELLS, ids=[f"{name}-{n}x{d}" for name, (n, d) in CELLS])
+def test_distances(benchmark, name, shape):
+    case = CASES[name]
+    inputs = [x.to(harness.DEVICE) for x in case.inputs(*shape)]
+    torch._dynamo.reset()
+    losses = {"eager": case.eager}
+    if case.compiles:
+        losses["compile"] = torch.compile(case.eager, dynamic=False)
+    if case.pot is not None and OT is not None:
+        losses["POT"] = case.pot
+    mine = "cpu" if case.native and harness.DEVICE == "cpu" else "reference"
+    losses[mine] = case.ours
+    for loss in losses.values():  # one loss; how exact ours is, is tested
+        harness.check(loss, case.eager, inputs, "eager")
+    times = benchmark.pedantic(
+        harness.measure,
+        args=(losses, inputs),
+        kwargs={"backward": True, "seconds": 3.0},
+        rounds=1,
+        iterations=1,
+    )
+    moved = sum(x.nbytes for x in inputs) + inputs[0].nbytes
+    benchmark.extra_info.update(
+        suite="distances",
+        loss=name,
+        cell=f"{name}: {shape[0]}×{shape[1]} float32 forward+backward",
+        shape=list(shape),
+        dtype="float32",
+        what="forward+backward",
+        providers=harness.summary(times, moved),
+        absent={"POT": NO_POT} if NO_POT else {},
+    )

@@ -1,0 +1,332 @@
+// Distances of diagonal Gaussians on the CPU, of each class of each problem, with their gradients.
+//
+// A task is some columns of one problem: the rows of a class are gathered three times (mean,
+// variance, gradient), which leaves memory once where a class's columns fit in a cache.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../kdkernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace kdkernels::cpu {
+namespace {
+
+constexpr int64_t kColumns = 64;
+// After so many rows a sum goes on in float64.
+constexpr int64_t kRows = 32;
+
+// The rows of each class, one class after the other.
+struct Classes {
+  std::vector<int64_t> rows;
+  std::vector<int64_t> starts;  // of each class, and the number of rows
+};
+
+Classes classes_of(const int64_t* labels, int64_t n) {
+  Classes classes;
+  classes.rows.resize(n);
+  if (n == 0) return classes;
+  const auto [low, high] = std::minmax_element(labels, labels + n);
+  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
+  if (range < static_cast<uint64_t>(4 * n + 1024)) {
+    std::vector<int64_t> place(range + 2);
+    for (int64_t i = 0; i < n; ++i) ++place[labels[i] - *low + 1];
+    for (uint64_t label = 0; label <= range; ++label) {
+      if (place[label + 1] > 0) classes.starts.push_back(place[label]);
+      place[label + 1] += place[label];
+    }
+    for (int64_t i = 0; i < n; ++i) classes.rows[place[labels[i] - *low]++] = i;
+  } else {
+    for (int64_t i = 0; i < n; ++i) classes.rows[i] = i;
+    std::stable_sort(classes.rows.begin(), classes.rows.end(),
+                     [&](int64_t a, int64_t b) { return labels[a] < labels[b]; });
+    for (int64_t i = 0; i < n; ++i) {
+      if (i == 0 || labels[classes.rows[i]] != labels[classes.rows[i - 1]]) {
+        classes.starts.push_back(i);
+      }
+    }
+  }
+  classes.starts.push_back(n);
+  return classes;
+}
+
+// The samples of one class on one side, and the columns of the task.
+template <typename T>
+struct Samples {
+  using S = typename Statistics<T>::Type;
+  const T* base;  // of the problem, from the task's first column on
+  T* grad;        // as base, or null
+  const S* weights;
+  const int64_t* rows;  // or null: 0, 1, ...
+  int64_t count;
+  int64_t stride;
+  int64_t grad_stride;
+  KDK_INLINE int64_t row(int64_t i) const { return rows == nullptr ? i : rows[i]; }
+  KDK_INLINE S weight(int64_t i) const { return weights == nullptr ? S(1) : weights[row(i)]; }
+};
+
+template <typename S>
+KDK_INLINE void add_values(const S* x, const S* origin, S weight, int64_t n, S* sum) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sum[j] += weight * (x[j] - origin[j]);
+}
+
+template <typename S>
+KDK_INLINE void add_squares(const S* x, const S* mean, S weight, int64_t n, S* sum) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sum[j] += weight * ((x[j] - mean[j]) * (x[j] - mean[j]));
+}
+
+template <typename S>
+KDK_INLINE void add_to_total(S* sum, int64_t n, double* total) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    total[j] += sum[j];
+    sum[j] = S(0);
+  }
+}
+
+template <typename S>
+KDK_INLINE void divide(const double* total, double weight, int64_t n, S* result) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) result[j] = static_cast<S>(total[j] / weight);
+}
+
+template <typename T>
+KDK_INLINE void mean_and_variance(const Samples<T>& samples, double weight, int64_t n,
+                                  typename Statistics<T>::Type* mean,
+                                  typename Statistics<T>::Type* variance) {
+  using S = typename Statistics<T>::Type;
+  S buffer[kColumns], origin[kColumns], sum[kColumns] = {};
+  double total[kColumns] = {};
+  // From the first sample that has weight, so that what is constant has exactly no variance.
+  int64_t first = 0;
+  while (samples.weight(first) == S(0)) ++first;
+  std::copy_n(widen_block(samples.base + samples.row(first) * samples.stride, n, buffer), n,
+              origin);
+  for (int64_t i = 0; i < samples.count; ++i) {
+    const S* x = widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
+    add_values(x, origin, samples.weight(i), n, sum);
+    if ((i + 1) % kRows == 0) add_to_total(sum, n, total);
+  }
+  add_to_total(sum, n, total);
+  divide(total, weight, n, mean);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) mean[j] += origin[j];
+  std::fill_n(total, n, 0.0);
+  for (int64_t i = 0; i < samples.count; ++i) {
+    const S* x = widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
+    add_squares(x, mean, samples.weight(i), n, sum);
+    if ((i + 1) % kRows == 0) add_to_total(sum, n, total);
+  }
+  add_to_total(sum, n, total);
+  divide(total, weight, n, variance);
+}
+
+// t - log(1 + t) with 1 + t = a / b: the series where it cancels (the next term is 1e-9 of it in
+// float32, 1e-17 in float64), else the logarithm of the ratio above 1, as 1 + t may round to 0.
+template <typename S>
+KDK_INLINE S ratio_less_log(S t, S more, S a) {
+  constexpr int kTerms = sizeof(S) == 4 ? 8 : 14;
+  S series = S(0);
+  for (int k = kTerms; k > 1; --k) series = (k % 2 == 0 ? S(1) : S(-1)) / S(k) + t * series;
+  const S log_above_1 = log_1_plus(more < S(0) ? -more / a : t);
+  const S far = more < S(0) ? t + log_above_1 : t - log_above_1;
+  return std::abs(t) <= S(0.0625) ? t * t * series : far;
+}
+
+// Each column's loss, and grad = w (shift + slope (x - mean)) of both sides.
+template <typename S>
+KDK_INLINE void wasserstein_columns(const S* mean_x, const S* mean_y, const S* v_x, const S* v_y,
+                                    int64_t n, S* loss, S* shift, S* slope_x, S* slope_y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const S move = mean_x[j] - mean_y[j];
+    const S s_x = std::sqrt(v_x[j]), s_y = std::sqrt(v_y[j]);
+    const S spread = s_x - s_y;
+    loss[j] = move * move + spread * spread;
+    shift[j] = 2 * move;
+    slope_x[j] = s_x > S(0) ? 2 * spread / s_x : S(0);
+    slope_y[j] = s_y > S(0) ? -2 * spread / s_y : S(0);
+  }
+}
+
+template <typename S>
+KDK_INLINE void kl_columns(const S* mean_x, const S* mean_y, const S* variance_x,
+                           const S* variance_y, S eps, int64_t n, S* loss, S* shift, S* slope_x,
+                           S* slope_y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const S move = mean_x[j] - mean_y[j];
+    const S v_x = variance_x[j] + eps, v_y = variance_y[j] + eps;
+    const S more = variance_x[j] - variance_y[j];
+    const S scaled = move / v_y;
+    const S t = more / v_y;
+    loss[j] = S(0.5) * (ratio_less_log(t, more, v_x) + move * scaled);
+    loss[j] = v_x > S(0) ? loss[j] : S(INFINITY);
+    shift[j] = scaled;
+    slope_x[j] = t / v_x;
+    slope_y[j] = -t / v_y - scaled * scaled;
+  }
+}
+
+template <typename T>
+KDK_INLINE void write_gradient(const Samples<T>& samples, double weight, int64_t n,
+                               typename Statistics<T>::Type sign,
+                               const typename Statistics<T>::Type* mean,
+                               const typename Statistics<T>::Type* shift,
+                               const typename Statistics<T>::Type* slope) {
+  using S = typename Statistics<T>::Type;
+  S buffer[kColumns], result[kColumns];
+  for (int64_t i = 0; i < samples.count; ++i) {
+    const S* x = widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
+    const S share = static_cast<S>(samples.weight(i) / weight);
+    const S signed_share = sign * share;
+    T* grad = samples.grad + samples.row(i) * samples.grad_stride;
+    S* to = block_of(grad, result);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      to[j] = signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]));
+    }
+    narrow_block(to, n, grad);
+  }
+}
+
+template <typename T>
+KDK_INLINE void write_zeros(const Samples<T>& samples, int64_t n) {
+  for (int64_t i = 0; i < samples.count; ++i) {
+    std::fill_n(samples.grad + samples.row(i) * samples.grad_stride, n, T{});
+  }
+}
+
+template <typename T>
+KDK_INLINE double total_weight(const Samples<T>& samples, int64_t* with_weight) {
+  if (samples.weights == nullptr) {
+    *with_weight = samples.count;
+    return static_cast<double>(samples.count);
+  }
+  double sum = 0;
+  *with_weight = 0;
+  for (int64_t i = 0; i < samples.count; ++i) {
+    sum += samples.weight(i);
+    *with_weight += samples.weight(i) > 0;
+  }
+  return sum;
+}
+
+// One class in the task's columns; returns its loss.
+template <typename T>
+KDK_INLINE double run_class(const GaussianParams& params, const Samples<T>& x, const Samples<T>& y,
+                            int64_t n) {
+  using S = typename Statistics<T>::Type;
+  int64_t count_x, count_y;
+  const double weight_x = total_weight(x, &count_x), weight_y = total_weight(y, &count_y);
+  const int64_t least = params.labels != nullptr ? params.min_samples : 1;
+  if (!(weight_x > 0) || !(weight_y > 0) || count_x < least || count_y < least) {
+    if (x.grad != nullptr) write_zeros(x, n);
+    if (y.grad != nullptr) write_zeros(y, n);
+    return 0;
+  }
+  S mean_x[kColumns], mean_y[kColumns], v_x[kColumns], v_y[kColumns];
+  S loss[kColumns], shift[kColumns], slope_x[kColumns], slope_y[kColumns];
+  mean_and_variance(x, weight_x, n, mean_x, v_x);
+  mean_and_variance(y, weight_y, n, mean_y, v_y);
+  if (params.distance == GaussianDistance::kWasserstein) {
+    wasserstein_columns(mean_x, mean_y, v_x, v_y, n, loss, shift, slope_x, slope_y);
+  } else {
+    kl_columns(mean_x, mean_y, v_x, v_y, static_cast<S>(params.eps), n, loss, shift, slope_x,
+               slope_y);
+  }
+  if (x.grad != nullptr) write_gradient(x, weight_x, n, S(1), mean_x, shift, slope_x);
+  if (y.grad != nullptr) write_gradient(y, weight_y, n, S(-1), mean_y, shift, slope_y);
+  double sum = 0;
+  for (int64_t j = 0; j < n; ++j) sum += loss[j];
+  return sum;
+}
+
+template <typename T>
+KDK_INLINE double run_task(const GaussianParams& params, int64_t problem, int64_t begin,
+                           const Classes& classes) {
+  using S = typename Statistics<T>::Type;
+  const int64_t n = std::min(kColumns, params.features - begin);
+  const auto side = [&](const void* base, int64_t problem_stride, int64_t stride,
+                        const void* weights, void* grad, int64_t count) {
+    Samples<T> samples;
+    samples.base = static_cast<const T*>(base) + problem * problem_stride + begin;
+    samples.grad = grad == nullptr
+                       ? nullptr
+                       : static_cast<T*>(grad) + problem * count * params.features + begin;
+    samples.weights =
+        weights == nullptr ? nullptr : static_cast<const S*>(weights) + problem * count;
+    samples.rows = nullptr;
+    samples.count = count;
+    samples.stride = stride;
+    samples.grad_stride = params.features;
+    return samples;
+  };
+  Samples<T> x = side(params.x, params.x_problem_stride, params.x_stride, params.x_weights,
+                      params.grad_x, params.x_samples);
+  Samples<T> y = side(params.y, params.y_problem_stride, params.y_stride, params.y_weights,
+                      params.grad_y, params.y_samples);
+  if (params.labels == nullptr) return run_class(params, x, y, n);
+  double sum = 0;
+  for (size_t c = 0; c + 1 < classes.starts.size(); ++c) {
+    x.rows = y.rows = classes.rows.data() + classes.starts[c];
+    x.count = y.count = classes.starts[c + 1] - classes.starts[c];
+    sum += run_class(params, x, y, n);
+  }
+  return sum;
+}
+
+KDK_CLONES double run_float32(const GaussianParams& p, int64_t r, int64_t b, const Classes& c) {
+  return run_task<float>(p, r, b, c);
+}
+KDK_CLONES double run_float16(const GaussianParams& p, int64_t r, int64_t b, const Classes& c) {
+  return run_task<Float16>(p, r, b, c);
+}
+KDK_CLONES double run_bfloat16(const GaussianParams& p, int64_t r, int64_t b, const Classes& c) {
+  return run_task<BFloat16>(p, r, b, c);
+}
+KDK_CLONES double run_float64(const GaussianParams& p, int64_t r, int64_t b, const Classes& c) {
+  return run_task<double>(p, r, b, c);
+}
+
+}  // namespace
+
+void gaussian(const GaussianParams& params, int threads) {
+  auto* body = params.dtype == DType::kFloat32    ? run_float32
+               : params.dtype == DType::kFloat16  ? run_float16
+               : params.dtype == DType::kBFloat16 ? run_bfloat16
+                                                  : run_float64;
+  std::vector<Classes> classes(params.labels == nullptr ? 1 : params.problems);
+  if (params.labels != nullptr) {
+    for_each_run_of_rows(params.problems, params.x_samples, threads, [&](int64_t b, int64_t e) {
+      for (int64_t r = b; r < e; ++r) {
+        classes[r] = classes_of(params.labels + r * params.x_samples, params.x_samples);
+      }
+    });
+  }
+  const int64_t pieces = (params.features + kColumns - 1) / kColumns;
+  std::vector<double> sums(params.problems * pieces);
+  for_each_run_of_rows(params.problems * pieces,
+                       (params.x_samples + params.y_samples) * std::min(kColumns, params.features),
+                       threads, [&](int64_t begin, int64_t end) {
+                         for (int64_t task = begin; task < end; ++task) {
+                           const int64_t problem = task / pieces;
+                           sums[task] = body(params, problem, task % pieces * kColumns,
+                                             classes[params.labels == nullptr ? 0 : problem]);
+                         }
+                       });
+  for (int64_t r = 0; r < params.problems; ++r) {
+    double sum = 0;  // in the columns' order, whatever the number of threads
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += sums[r * pieces + piece];
+    if (params.dtype == DType::kFloat64) {
+      static_cast<double*>(params.loss)[r] = sum;
+    } else {
+      static_cast<float*>(params.loss)[r] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace kdkernels::cpu

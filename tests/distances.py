@@ -1,0 +1,106 @@
+"""What the tests of distances of two batches share: the losses as cases, data, gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def sliced(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """With the same directions in every call."""
+    generator = torch.Generator().manual_seed(5)
+    return kdkernels.sliced_wasserstein(x, y, projections=7, generator=generator, **options)
+
+
+class Case(NamedTuple):
+    function: Callable[..., Tensor]
+    backends: Sequence[str | None] = ("reference",)
+    labels: bool = True  # takes labels
+    repeats: bool = True  # a sample of weight 2 is a sample that is there twice
+    pot: bool = False  # weights and n != m take POT
+    constant_weights: bool = False  # weights have no gradient
+
+
+CASES = {
+    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu")),
+    "gaussian_wasserstein, full": Case(partial(kdkernels.gaussian_wasserstein, covariance="full")),
+    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu")),
+    "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
+    "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
+    "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
+    "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
+    "wasserstein": Case(kdkernels.wasserstein, pot=True, constant_weights=True),
+    "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
+    "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),
+}
+GRID = [(name, backend) for name, case in CASES.items() for backend in case.backends]
+
+
+def ready(name: str, backend: str | None, *, weighted: bool) -> Callable[..., Tensor]:
+    """The case's function with that backend; the test is skipped where POT is needed and absent."""
+    from conftest import _missing
+
+    case = CASES[name]
+    state = "available" if backend is None else kdkernels.available_backends("cpu")[backend]
+    if state != "available":
+        _missing(f"backend {backend}: {state}")
+    if weighted and case.pot and importlib.util.find_spec("ot") is None:
+        _missing("POT is not installed")
+    return partial(case.function, backend=backend)
+
+
+over_cases = pytest.mark.parametrize(("name", "backend"), GRID, ids=[f"{n}-{b}" for n, b in GRID])
+
+
+def features(
+    *batch_n_d: int, m: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """x and y of another mean, spread and correlation: distances and gradients of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    *batch, n, d = batch_n_d
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mix = torch.eye(d, dtype=torch.float64) + 0.5 * normal(d, d) / d**0.5
+    x = normal(*batch, n, d) @ mix + 0.5 * normal(d)
+    y = 0.6 * normal(*batch, n if m is None else m, d) + 0.3 * normal(d) + 1
+    return x.to(dtype), y.to(dtype)
+
+
+def gradients(
+    function: Callable[..., Tensor], *inputs: Tensor, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of the inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = function(*leaves, **options)
+    if upstream is None:
+        upstream = torch.ones_like(loss)
+    return loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+
+
+def assert_equal_up_to_rounding(got: Sequence[Tensor], truth: Sequence[Tensor], scale: float = 1.0) -> None:
+    """Losses and gradients, each to 64 eps of float32 (float64) of its largest value; `scale` is what the arithmetic
+    goes through beyond that."""
+    for a, b in zip(got, truth, strict=True):
+        assert a.shape == b.shape and torch.isfinite(a).all()
+        own = torch.finfo(a.dtype).eps if a.dtype == torch.float64 else EPS32
+        largest = b.abs().max().item() if b.numel() else 0.0
+        information = torch.finfo(a.dtype)
+        rounding = information.eps * b.double().abs() + information.smallest_normal * information.eps
+        error = (a.double() - b.double()).abs() / (64 * own * scale * largest + rounding)
+        assert (error <= 1).all(), (
+            f"error {error.max():.2g} of what is allowed, of values up to {largest:.2g}"
+        )
