@@ -61,9 +61,9 @@ _WITHOUT_SUM = (0, 1, 5, 7, 9)  # sum_k w_k is 0: the loss's sweep can store the
 _SPREAD_EPS = tl.constexpr(1e-7)
 
 
-def _tile(classes: int, itemsize: int, divergence: int, standardize: bool) -> Tile:
+def _tile(classes: int, itemsize: int, divergence: int, standardize: bool, mse: bool) -> Tile:
     # What a row makes more of spills where it is longer than half of what others hold, or in steps of 8 KiB.
-    if divergence in (0, 1, 2, 4) and not standardize:
+    if divergence in (0, 1, 2, 4) and not standardize and not mse:
         return tile(classes, itemsize)
     if classes > 4096:
         return Tile(1, 4096 // itemsize, 4, True)
@@ -86,7 +86,7 @@ def bytes_moved(
     soft, grad = divergence != 0, "grad_input" in outputs
     reads = 2 if soft or mse else 1
     standardize = standardize and soft
-    if _tile(classes, itemsize, divergence, standardize).streamed:
+    if _tile(classes, itemsize, divergence, standardize, mse).streamed:
         later = grad and (standardize or divergence not in _WITHOUT_SUM)
         # The first sums of exponentials take the target for a soft term only, and nothing for the MSE alone.
         sums = 2 if soft else int(hard or not mse)
@@ -588,10 +588,6 @@ def logit_loss_kernel(
                 s = load_tile(input_ptr, input_offset, classes, live_2d, column)
                 if SOFT or MSE:
                     t = load_tile(target_ptr, target_offset, classes, live_2d, column)
-            if MSE:
-                gap = logit_difference(t, s)
-                if SWEEP == 0:
-                    gap_lanes += gap * gap
             if SOFT:
                 x = tl.where(column == label, float("-inf"), s) if APART else s
                 y = tl.where(column == label, float("-inf"), t) if APART else t
@@ -622,6 +618,10 @@ def logit_loss_kernel(
                         overlap += tl.minimum(p, q)
                         first_p = tl.minimum(first_p, tl.where(t == max_p, column, classes))
                         first_q = tl.minimum(first_q, tl.where(s == max_q, column, classes))
+            if MSE:
+                gap = logit_difference(t, s)
+                if SWEEP == 0:
+                    gap_lanes += gap * gap
             if GRAD and (SWEEP == 1 or TOGETHER):
                 grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 if SOFT_GRAD:
@@ -737,7 +737,9 @@ def logit_loss(
     rows, classes = input.shape
     strides = [0 if x is None else x.stride(0) for x in (input, target, grad_input)]
     standardize = bool(standardize) and divergence != 0
-    block_m, block_n, num_warps, streamed = _tile(classes, input.element_size(), divergence, standardize)
+    block_m, block_n, num_warps, streamed = _tile(
+        classes, input.element_size(), divergence, standardize, logit_mse != 0
+    )
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device_of(input):
         logit_loss_kernel[(triton.cdiv(rows, block_m),)](
