@@ -199,10 +199,10 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
   for (int divergence = 0; divergence < 10; ++divergence) {
     for (const bool standardize : {false, true}) {
       Matrix<T> grad(kRows, classes, classes + layout.padding, layout.grad_offset);
-      std::vector<float> loss(kRows), terms(kTerms * kRows), grad_temperature(kRows);
+      std::vector<float> loss(kRows), terms(4 * kRows), grad_temperature(kRows);
       LogitLossParams params{};
       params.input = input.data;
-      params.target = target.data;
+      params.target = divergence == 0 ? nullptr : target.data;
       params.labels = labels.data();
       params.mask = kMask;
       params.loss = loss.data();
@@ -215,7 +215,6 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
       params.first = params.second = params.mix = 0.5;
       params.hard_weight = 0.5;
       params.label_smoothing = params.z_loss = 0.1;
-      params.logit_mse = divergence == 9 ? 0 : 0.1;
       params.rows = kRows;
       params.classes = classes;
       params.input_stride = input.stride;
@@ -223,7 +222,7 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
       params.grad_stride = grad.stride;
       params.divergence = static_cast<Divergence>(divergence);
       params.standardize = standardize;
-      params.dtype = params.grad_dtype = dtype;
+      params.dtype = dtype;
       expect_success("logit_loss", classes, cuda::logit_loss(params, nullptr));
       expect_rows("logit_loss: loss", classes, loss);
       expect_rows("logit_loss: terms", classes, terms);
@@ -311,11 +310,62 @@ void check_multi_teacher_kl_div(DType dtype, int classes, Layout layout) {
   expect_rows("multi_teacher_kl_div: grad_input", classes, grad);
 }
 
+// Maps of `channels` channels and 7 positions, or one; samples are the rows, one after another.
+template <typename T>
+void check_pool_mse(DType dtype, int channels, Layout layout) {
+  for (const int positions : {1, 7}) {
+    for (const bool channels_last : {false, true}) {
+      const int elements = channels * positions, pieces = 2;
+      Matrix<T> student(kRows, elements, elements, layout.input_offset);
+      Matrix<T> teacher(kRows, elements, elements, layout.target_offset);
+      Matrix<T> grad_student(kRows, elements, elements, layout.input_offset);
+      Matrix<T> grad_teacher(kRows, elements, elements, layout.grad_offset);
+      Matrix<T> pooled_student(kRows, channels, channels, 0);
+      Matrix<T> pooled_teacher(kRows, channels, channels, 0);
+      Random random;
+      random.fill(student, kRows, elements);
+      random.fill(teacher, kRows, elements);
+      std::vector<float> mse(kRows * pieces);
+      const std::vector<float> grad_mse(kRows, 1.0f);
+      PoolMseParams params{};
+      params.student = student.data;
+      params.teacher = teacher.data;
+      params.mask = kMask;
+      params.pooled_student = pooled_student.data;
+      params.pooled_teacher = pooled_teacher.data;
+      params.mse = mse.data();
+      params.batch = kRows;
+      params.channels = channels;
+      params.positions = positions;
+      params.pieces = pieces;
+      params.channels_last = channels_last;
+      params.dtype = dtype;
+      expect_success("pool_mse", channels, cuda::pool_mse(params, nullptr));
+      expect_rows("pool_mse: pooled_student", channels, pooled_student);
+      expect_rows("pool_mse: pooled_teacher", channels, pooled_teacher);
+      for (int n = 0; n < kRows * pieces; ++n) {
+        expect_row("pool_mse: mse", channels, n / pieces, mse[n]);
+      }
+      // Features that are finite serve as gradients of themselves.
+      params.grad_pooled_student = pooled_student.data;
+      params.grad_pooled_teacher = pooled_teacher.data;
+      params.grad_mse = grad_mse.data();
+      params.pooled_student = params.pooled_teacher = params.mse = nullptr;
+      params.grad_student = grad_student.data;
+      params.grad_teacher = grad_teacher.data;
+      expect_success("pool_mse", channels, cuda::pool_mse(params, nullptr));
+      expect_rows("pool_mse: grad_student", channels, grad_student);
+      expect_rows("pool_mse: grad_teacher", channels, grad_teacher);
+    }
+  }
+}
+
 template <typename T>
 void check_others(DType dtype, int classes, Layout layout) {
   check_logit_loss<T>(dtype, classes, layout);
   check_topk_kl_div<T>(dtype, classes, layout);
   check_multi_teacher_kl_div<T>(dtype, classes, layout);
+  check_pool_mse<T>(dtype, classes, layout);
 }
 
 }  // namespace
