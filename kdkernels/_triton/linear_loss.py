@@ -70,15 +70,15 @@ class Tiles(NamedTuple):
 def tiles(rows: int, classes: int, student_width: int, teacher_width: int, itemsize: int) -> Tiles:
     """The tiles of a call; teacher_width is 0 where there is no teacher.
 
-    The largest that are held in registers without a spill (tests/test_triton_compile.py).
+    The largest that sm_80, sm_90, sm_100 and gfx942 hold in registers (tests/test_triton_compile.py).
     """
 
-    def block(count: int, most: int) -> int:
-        # The time of a program is that of its sweep: large blocks where 128 of them are there for the multiprocessors.
-        return next((size for size in (64, 32) if size <= most and count >= 128 * size), 16)
+    def block(count: int) -> int:
+        # A program's time is that of its sweep: the large block only where 128 of them fill the multiprocessors.
+        return 32 if count >= 128 * 32 else 16
 
     half = itemsize == 2
-    block_m, block_c = block(rows, 64 if half else 32), block(classes, 32)
+    block_m, block_c = block(rows), block(classes)
     width = triton.next_power_of_2(max(student_width, teacher_width, 16))
     return Tiles(
         block_m,
@@ -86,7 +86,7 @@ def tiles(rows: int, classes: int, student_width: int, teacher_width: int, items
         block_c,
         64 if half else 32,
         min(width, 64 if half else 32),
-        min(width, 256 if half and block_m < 64 else 128),
+        min(width, 256 if half else 128),
         4 if half and block_m == 16 else 8,
         4 if block_m == block_c == 16 else 8,
     )
