@@ -92,6 +92,48 @@ def tiles(rows: int, classes: int, student_width: int, teacher_width: int, items
     )
 
 
+def bytes_moved(
+    rows: int,
+    classes: int,
+    student_width: int,
+    teacher_width: int,
+    itemsize: int,
+    *,
+    soft: bool = True,
+    shared: bool = False,
+    biases: int = 0,
+    grads: Collection[str] | None = None,
+    grad_itemsize: int | None = None,
+) -> int:
+    """Bytes of hidden states, heads, biases and their gradients that are loaded and stored.
+
+    By the forward where `grads` is None, else by the backward for gradients of those names ("input", "input_weight",
+    "target", "target_weight"). Most loads are from cache. A row's label, statistics, scales and outputs are left out:
+    up to 80 bytes for each program, or step of a program, that takes the row.
+    """
+    cut = tiles(rows, classes, student_width, teacher_width, itemsize)
+    widths, heads = student_width + teacher_width, student_width + (0 if shared else teacher_width)
+    row_blocks, class_blocks = triton.cdiv(rows, cut.block_m), triton.cdiv(classes, cut.block_c)
+
+    def logits(loads_of_rows: int, loads_of_classes: int) -> int:
+        return rows * widths * loads_of_rows + classes * (heads + biases) * loads_of_classes
+
+    if grads is None:
+        class_tiles = triton.cdiv(classes, cut.block_n)
+        return itemsize * logits(class_tiles, row_blocks) * (2 if soft and class_tiles > 1 else 1)
+    moved = 0
+    for name in grads:
+        width = student_width if name.startswith("input") else teacher_width
+        parts = triton.cdiv(width, cut.block_d)
+        if name.endswith("weight"):
+            moved += itemsize * parts * logits(class_blocks, triton.cdiv(rows, cut.step))
+            moved += itemsize * rows * width * class_blocks + (grad_itemsize or itemsize) * classes * width
+        else:
+            moved += itemsize * parts * logits(triton.cdiv(classes, cut.step), row_blocks)
+            moved += itemsize * classes * width * row_blocks + (grad_itemsize or itemsize) * rows * width
+    return moved
+
+
 @triton.jit
 def _capped(u, softcap):
     # c tanh(u / c); below 0.625 a polynomial, good to 1.3e-7.
