@@ -69,15 +69,15 @@ class Tiles(NamedTuple):
 def tiles(rows: int, classes: int, student_width: int, teacher_width: int, itemsize: int) -> Tiles:
     """The tiles of a call; teacher_width is 0 where there is no teacher.
 
-    The largest that are held in registers without a spill (tests/test_triton_compile.py).
+    The largest that sm_80, sm_90, sm_100 and gfx942 hold in registers (tests/test_triton_compile.py).
     """
 
-    def block(count: int, most: int) -> int:
-        # The time of a program is that of its sweep: large blocks where 128 of them are there for the multiprocessors.
-        return next((size for size in (64, 32) if size <= most and count >= 128 * size), 16)
+    def block(count: int) -> int:
+        # A program's time is that of its sweep: the large block only where 128 of them fill the multiprocessors.
+        return 32 if count >= 128 * 32 else 16
 
     half = itemsize == 2
-    block_m, block_c = block(rows, 64 if half else 32), block(classes, 32)
+    block_m, block_c = block(rows), block(classes)
     width = triton.next_power_of_2(max(student_width, teacher_width, 16))
     return Tiles(
         block_m,
@@ -85,10 +85,52 @@ def tiles(rows: int, classes: int, student_width: int, teacher_width: int, items
         block_c,
         64 if half else 32,
         min(width, 64 if half else 32),
-        min(width, 256 if half and block_m < 64 else 128),
+        min(width, 256 if half else 128),
         4 if half and block_m == 16 else 8,
         4 if block_m == block_c == 16 else 8,
     )
+
+
+def bytes_moved(
+    rows: int,
+    classes: int,
+    student_width: int,
+    teacher_width: int,
+    itemsize: int,
+    *,
+    soft: bool = True,
+    shared: bool = False,
+    biases: int = 0,
+    grads: Collection[str] | None = None,
+    grad_itemsize: int | None = None,
+) -> int:
+    """Bytes of hidden states, heads, biases and their gradients that are loaded and stored.
+
+    By the forward where `grads` is None, else by the backward for gradients of those names ("input", "input_weight",
+    "target", "target_weight"). Most loads are from cache. A row's label, statistics, scales and outputs are left out:
+    up to 80 bytes for each program, or step of a program, that takes the row.
+    """
+    cut = tiles(rows, classes, student_width, teacher_width, itemsize)
+    widths, heads = student_width + teacher_width, student_width + (0 if shared else teacher_width)
+    row_blocks, class_blocks = triton.cdiv(rows, cut.block_m), triton.cdiv(classes, cut.block_c)
+
+    def logits(loads_of_rows: int, loads_of_classes: int) -> int:
+        return rows * widths * loads_of_rows + classes * (heads + biases) * loads_of_classes
+
+    if grads is None:
+        class_tiles = triton.cdiv(classes, cut.block_n)
+        return itemsize * logits(class_tiles, row_blocks) * (2 if soft and class_tiles > 1 else 1)
+    moved = 0
+    for name in grads:
+        width = student_width if name.startswith("input") else teacher_width
+        parts = triton.cdiv(width, cut.block_d)
+        if name.endswith("weight"):
+            moved += itemsize * parts * logits(class_blocks, triton.cdiv(rows, cut.step))
+            moved += itemsize * rows * width * class_blocks + (grad_itemsize or itemsize) * classes * width
+        else:
+            moved += itemsize * parts * logits(triton.cdiv(classes, cut.step), row_blocks)
+            moved += itemsize * classes * width * row_blocks + (grad_itemsize or itemsize) * rows * width
+    return moved
 
 
 @triton.jit
