@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of
+from conftest import _ready, device_of
 from testing import assert_near, assert_not_vacuous, leaves, run, three, to
 from torch import Tensor
 
@@ -836,6 +836,68 @@ def test_minus_infinity_and_a_learnt_scale(backend):
     torch.testing.assert_close(got[0].double(), loss, rtol=1e-5, atol=1e-6)
     for name, gradient in true.items():
         torch.testing.assert_close(got[1][name].double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_of_zero(backend):
+    """Equal logits on that side; the scale's gradient is not divided by it."""
+    arguments = batch((4,), 25, logit_scale=torch.tensor(0.0), teacher_logit_scale=torch.tensor(1.0))
+    wanted = ("student", "student_weight", "logit_scale")
+    _, _, got, upstream = three(linear_distillation_loss, backend, arguments, wanted=wanted)
+    specification = partial(linear_distillation_loss, backend="reference")
+    loss, true = run(specification, arguments, upstream, torch.float64, wanted)
+    torch.testing.assert_close(got[0].double(), loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in true.items():
+        torch.testing.assert_close(got[1][name].double(), gradient, rtol=1e-4, atol=1e-5)
+    assert true["logit_scale"] != 0
+
+
+TILED = {
+    "kl": HARD,
+    "one head": {**HARD, "shared": True},
+    "reverse_kl, rows": {"soft": "reverse_kl", "reduction": "none", "temperature": torch.tensor(1.5)},
+    "jsd, ranges": {"soft": "jsd", "valid_classes": (0, 30), "teacher_valid_classes": (4, 34)},
+    "tvd, weights": {"soft": "tvd", "weights": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])},
+    "mask": {"mask": torch.tensor([True, False, True, True, False])},
+    "cap and scale": {"softcap": 5.0, "logit_scale": 1.3, "logit_mse_weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_tiles(case, request):
+    """strategy="tiles" through the op: what the chunks give, with every gradient."""
+    backend = _ready("triton", request)
+    more = dict(TILED[case])
+    shared = more.pop("shared", False)
+    arguments = batch((5,), 37, (24, 24) if shared else (24, 16), **more)
+    if shared:
+        for name in ("weight", "bias"):
+            arguments[f"teacher_{name}"] = arguments[f"student_{name}"]
+    found = []
+    for name, options in (("reference", {}), (backend, {"strategy": "tiles"})):
+        given = to(device_of(name), arguments)
+        given = {
+            k: v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in given.items()
+        }
+        if shared:
+            given |= {f"teacher_{name}": given[f"student_{name}"] for name in ("weight", "bias")}
+        loss, terms = linear_distillation_loss(**given, return_terms=True, backend=name, **options)
+        leaf = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
+        leaf = {id(v): v for v in leaf.values()}
+        upstream = torch.linspace(0.5, 2.0, max(loss.numel(), 1), device=loss.device).view(loss.shape)
+        gradients = torch.autograd.grad(loss, list(leaf.values()), upstream)
+        found.append([loss, *terms.values(), *gradients])
+    for want, got in zip(*found):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+        assert want.shape == got.shape
+    assert all(gradient.abs().max() > 1e-3 for gradient in found[0][-len(gradients) :])
+
+
+@pytest.mark.parametrize("options", [{"backend": "cpu"}, {"soft": "dkd"}, {"standardize": True}])
+def test_tiles_that_there_are_not(options, request):
+    options = {"backend": _ready("triton", request), **options}
+    with pytest.raises(ValueError, match="strategy must be"):
+        linear_distillation_loss(**to(device_of(options["backend"]), batch()), strategy="tiles", **options)
 
 
 # A teacher known by log-probabilities.

@@ -22,6 +22,7 @@ Limits: a label's, a teacher's or a student's logits of an infinite loss have an
 with a head are not numbers.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
