@@ -249,7 +249,7 @@ MUTATIONS = [
     Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
     Mutation("gaussian cpu: min_samples ignored", CPU_GAUSSIAN, "count_x < least || count_y < least", "false", distance("gaussian", "min_samples")),
     Mutation("gaussian cpu: ratio that rounds to 0", CPU_GAUSSIAN, "more < S(0) ? -more / a : t", "more < S(0) ? S(1) / (S(1) + t) - S(1) : t", distance("gaussian", "dead_units")),
-    Mutation("gaussian cpu: no origin", CPU_GAUSSIAN, "(x[j] - origin[j]);", "x[j];", distance("features", "exactly_zero or weights_of_one or diagonal")),
+    Mutation("gaussian cpu: origin without weight", CPU_GAUSSIAN, "while (samples.weight(first) == S(0)) ++first;", "", distance("gaussian", "one_sample_with_weight")),
     Mutation("gaussian cpu: one class", CPU_GAUSSIAN, "c + 1 < classes.starts.size()", "c < 1", distance("features", "labels_are")),
     Mutation("gaussian op: buffer handed out twice", OP_GAUSSIAN, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
     Mutation("gaussian op: upstream gradient ignored", OP_GAUSSIAN, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),

@@ -239,6 +239,24 @@ def test_min_samples(backend):
     assert single.item() == pytest.approx((x[0] - y[0]).square().sum().item() / 2e-6, rel=1e-9)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@over_backends
+def test_one_sample_with_weight(backend, labelled):
+    """It has exactly no spread, whatever its weight and place: the gradient of σ is 0, and not a rounding's sign."""
+    x, y = features(8, 5, dtype=torch.float32)
+    options = {"labels": torch.full((8,), 3)} if labelled else {}
+    for kind in ("diagonal", "full"):
+        for weight in (0.1, 0.7, 3.0):
+            weights = torch.zeros(8)
+            weights[5] = weight
+            which = backend if kind == "diagonal" else None
+            got = gradients(
+                gaussian_wasserstein, x, y, covariance=kind, x_weights=weights, backend=which, **options
+            )
+            one, of_x, of_y = gradients(gaussian_wasserstein, x[5:6], y, covariance=kind, backend=which)
+            assert_equal_up_to_rounding((got[0], got[1][5:6], got[2]), (one, of_x, of_y))
+
+
 def test_no_square_matrix_of_many_features():
     """d × d would be 10 GB."""
     generator = torch.Generator().manual_seed(0)
