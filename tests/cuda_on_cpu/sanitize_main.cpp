@@ -199,10 +199,10 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
   for (int divergence = 0; divergence < 10; ++divergence) {
     for (const bool standardize : {false, true}) {
       Matrix<T> grad(kRows, classes, classes + layout.padding, layout.grad_offset);
-      std::vector<float> loss(kRows), terms(4 * kRows), grad_temperature(kRows);
+      std::vector<float> loss(kRows), terms(kTerms * kRows), grad_temperature(kRows);
       LogitLossParams params{};
       params.input = input.data;
-      params.target = divergence == 0 ? nullptr : target.data;
+      params.target = target.data;
       params.labels = labels.data();
       params.mask = kMask;
       params.loss = loss.data();
@@ -215,6 +215,7 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
       params.first = params.second = params.mix = 0.5;
       params.hard_weight = 0.5;
       params.label_smoothing = params.z_loss = 0.1;
+      params.logit_mse = divergence == 9 ? 0 : 0.1;
       params.rows = kRows;
       params.classes = classes;
       params.input_stride = input.stride;
@@ -222,7 +223,7 @@ void check_logit_loss(DType dtype, int classes, Layout layout) {
       params.grad_stride = grad.stride;
       params.divergence = static_cast<Divergence>(divergence);
       params.standardize = standardize;
-      params.dtype = dtype;
+      params.dtype = params.grad_dtype = dtype;
       expect_success("logit_loss", classes, cuda::logit_loss(params, nullptr));
       expect_rows("logit_loss: loss", classes, loss);
       expect_rows("logit_loss: terms", classes, terms);
