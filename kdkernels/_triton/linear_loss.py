@@ -85,7 +85,7 @@ def tiles(rows: int, classes: int, student_width: int, teacher_width: int, items
         128,
         block_c,
         64 if half else 32,
-        min(width, 64 if half else 32),
+        min(width, 64 if half else 32 if block_m == 16 else 16),
         min(width, 256 if half else 128),
         4 if half and block_m == 16 else 8,
         4 if block_m == block_c == 16 else 8,
