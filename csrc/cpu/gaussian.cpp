@@ -295,10 +295,7 @@ KDK_CLONES double run_float64(const GaussianParams& p, int64_t r, int64_t b, con
 }  // namespace
 
 void gaussian(const GaussianParams& params, int threads) {
-  auto* body = params.dtype == DType::kFloat32    ? run_float32
-               : params.dtype == DType::kFloat16  ? run_float16
-               : params.dtype == DType::kBFloat16 ? run_bfloat16
-                                                  : run_float64;
+  auto* body = for_dtype(params.dtype, run_float32, run_float16, run_bfloat16, run_float64);
   std::vector<Classes> classes(params.labels == nullptr ? 1 : params.problems);
   if (params.labels != nullptr) {
     for_each_run_of_rows(params.problems, params.x_samples, threads, [&](int64_t b, int64_t e) {

@@ -166,10 +166,7 @@ KDK_CLONES void rows_float64(const KlDivParams& p, int64_t b, int64_t e) {
 }  // namespace
 
 void kl_div(const KlDivParams& params, int threads) {
-  auto* body = params.dtype == DType::kFloat32    ? rows_float32
-               : params.dtype == DType::kFloat16  ? rows_float16
-               : params.dtype == DType::kBFloat16 ? rows_bfloat16
-                                                  : rows_float64;
+  auto* body = for_dtype(params.dtype, rows_float32, rows_float16, rows_bfloat16, rows_float64);
   for_each_run_of_rows(params.rows, params.classes, threads,
                        [&](int64_t begin, int64_t end) { body(params, begin, end); });
 }

@@ -72,10 +72,7 @@ KDK_CLONES double run_float64(const Params& p, int64_t n, int64_t b) {
 }  // namespace
 
 void masked_feature_loss(const MaskedFeatureLossParams& params, int threads) {
-  auto* body = params.dtype == DType::kFloat32    ? run_float32
-               : params.dtype == DType::kFloat16  ? run_float16
-               : params.dtype == DType::kBFloat16 ? run_bfloat16
-                                                  : run_float64;
+  auto* body = for_dtype(params.dtype, run_float32, run_float16, run_bfloat16, run_float64);
   const int64_t blocks = (params.positions + kBlock - 1) / kBlock;
   std::vector<double> sums(params.samples * blocks);
   for_each_run_of_rows(static_cast<int64_t>(sums.size()),

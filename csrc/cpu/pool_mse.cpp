@@ -464,10 +464,7 @@ KDK_CLONES void run_float64(const Params& p, int64_t b, int64_t e) {
 }  // namespace
 
 void pool_mse(const PoolMseParams& params, int threads) {
-  auto* body = params.dtype == DType::kFloat32    ? run_float32
-               : params.dtype == DType::kFloat16  ? run_float16
-               : params.dtype == DType::kBFloat16 ? run_bfloat16
-                                                  : run_float64;
+  auto* body = for_dtype(params.dtype, run_float32, run_float16, run_bfloat16, run_float64);
   for_each_run_of_rows(params.batch, params.channels * params.positions, threads,
                        [&](int64_t begin, int64_t end) { body(params, begin, end); });
 }

@@ -46,10 +46,7 @@ bool scalar_one(const ScaleRowsParams& params) {
 
 void scale_rows(const ScaleRowsParams& params, int threads) {
   if (params.rows == 0 || scalar_one(params)) return;  // before any thread is woken
-  auto* body = params.dtype == DType::kFloat32    ? run_float32
-               : params.dtype == DType::kFloat16  ? run_float16
-               : params.dtype == DType::kBFloat16 ? run_bfloat16
-                                                  : run_float64;
+  auto* body = for_dtype(params.dtype, run_float32, run_float16, run_bfloat16, run_float64);
   for_each_run_of_rows(params.rows, params.classes, threads,
                        [&](int64_t begin, int64_t end) { body(params, begin, end); });
 }

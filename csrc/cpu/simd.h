@@ -14,6 +14,7 @@
 #define KDK_F16C
 #endif
 
+#include "../kdkernels.h"
 #include "../math.h"
 
 // The dynamic loader picks the best clone once (AVX-512, AVX2 + FMA, baseline).
@@ -136,6 +137,16 @@ KDK_INLINE void narrow_block(const float* buffer, int64_t n, Half* x) {
 #endif
 #pragma omp simd
   for (int64_t i = j; i < n; ++i) narrow(buffer[i], x[i]);
+}
+
+// Which of a kernel's four instantiations takes elements of `dtype`.
+template <typename Function>
+Function* for_dtype(DType dtype, Function* float32, Function* float16, Function* bfloat16,
+                    Function* float64) {
+  return dtype == DType::kFloat32    ? float32
+         : dtype == DType::kFloat16  ? float16
+         : dtype == DType::kBFloat16 ? bfloat16
+                                     : float64;
 }
 
 }  // namespace kdkernels::cpu

@@ -327,10 +327,7 @@ KDK_CLONES int64_t rows_float64(const Params& p, int64_t b, int64_t e) {
 }  // namespace
 
 void topk_kl_div(const TopkKlDivParams& params, int threads) {
-  auto* body = params.dtype == DType::kFloat32    ? rows_float32
-               : params.dtype == DType::kFloat16  ? rows_float16
-               : params.dtype == DType::kBFloat16 ? rows_bfloat16
-                                                  : rows_float64;
+  auto* body = for_dtype(params.dtype, rows_float32, rows_float16, rows_bfloat16, rows_float64);
   std::atomic<int64_t> wrong{params.rows};  // an exception must not leave a thread
   for_each_run_of_rows(params.rows, params.classes, threads, [&](int64_t begin, int64_t end) {
     const int64_t row = body(params, begin, end);
