@@ -22,7 +22,9 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +135,12 @@ def _short(dtype: torch.dtype) -> str:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all others: the dtype of losses, sums and temperatures."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which matrix products keep the dtypes that they are given, autocast or not."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _address(tensor: Tensor | None) -> int:

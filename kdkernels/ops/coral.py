@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import resolve, statistics_dtype
+from kdkernels.backend import full_precision, resolve, statistics_dtype
 from kdkernels.ops.features import (
     FeatureLoss,
     by_class,
@@ -31,7 +31,6 @@ from kdkernels.ops.features import (
     check_class_labels,
     check_features,
     check_sample_weights,
-    full_precision,
     proportions,
     square_root,
 )

@@ -25,7 +25,8 @@ from kdkernels.ops.divergences import (
     Spec,
 )
 from kdkernels.ops.jsd import jsd_spec
-from kdkernels.ops.logit_loss import TERMS, LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import TERMS, logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature, check_fraction, check_number
 from kdkernels.ops.skew_kl_div import skew_spec
 
@@ -198,7 +199,7 @@ def distillation_loss(
 distillation_loss_reference = partial(distillation_loss, backend="reference")
 
 
-class DistillationLoss(LogitLoss):
+class DistillationLoss(LossModule):
     """`distillation_loss` as a module: ``DistillationLoss(temperature=2.0)(student, teacher, labels)``."""
 
     function = staticmethod(distillation_loss)

@@ -16,7 +16,8 @@ from functools import partial
 from torch import Tensor
 
 from kdkernels.ops.divergences import DECOUPLED, Spec
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature, check_number
 
 
@@ -97,7 +98,7 @@ def dkd(
 dkd_reference = partial(dkd, backend="reference")
 
 
-class DKDLoss(LogitLoss):
+class DKDLoss(LossModule):
     """`dkd` as a module: ``DKDLoss(beta=2.0)(student, teacher, labels)``."""
 
     function = staticmethod(dkd)

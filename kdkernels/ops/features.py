@@ -5,20 +5,18 @@ A batch is x (..., n, d): n samples of d features each; the leading dimensions a
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels.backend import statistics_dtype
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import kind_of
 
 COVARIANCES = ("diagonal", "full")
-# Given with each call of a module; everything else is an option of it.
-OF_A_CALL = ("x_weights", "y_weights", "labels")
 
 
 def check_features(x: Any, y: Any, *, equal_width: bool = True) -> None:
@@ -236,32 +234,7 @@ def by_reference(
     return tuple(next(found) if need else None for need in needs)
 
 
-def full_precision(x: Tensor) -> Any:
-    """A context in which autocast leaves matrix products alone: their sums are statistics."""
-    return torch.autocast(x.device.type, enabled=False)
+class FeatureLoss(LossModule):
+    """A distance of two batches of features as a module."""
 
-
-class FeatureLoss(nn.Module):
-    """A distance of two batches of features as a module: the options of `function`, given once; weights and labels
-    with each call."""
-
-    function: ClassVar[Callable[..., Any]]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        parameters = inspect.signature(type(self).function).parameters.values()
-        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        known = {name: default for name, default in keywords.items() if name not in OF_A_CALL}
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} takes {', '.join(known)}; got {name!r}")
-        for name, default in known.items():
-            setattr(self, name, options.get(name, default))
-        self._names, self._given = tuple(known), tuple(options)
-
-    def forward(self, *features: Tensor, **of_a_call: Tensor | None) -> Tensor:
-        options = {name: getattr(self, name) for name in self._names}
-        return type(self).function(*features, **of_a_call, **options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._given)
+    per_call = ("x_weights", "y_weights", "labels")

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import (
     COVARIANCES,
     FeatureLoss,
@@ -51,7 +51,6 @@ from kdkernels.ops.features import (
     check_class_labels,
     check_features,
     check_sample_weights,
-    full_precision,
     moments,
     proportions,
     sizes,

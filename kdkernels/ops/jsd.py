@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels.ops.divergences import KL, MIXTURE, REVERSE_KL, Spec
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature, check_fraction
 
 
@@ -105,7 +106,7 @@ def jsd(
 jsd_reference = partial(jsd, backend="reference")
 
 
-class JSDLoss(LogitLoss):
+class JSDLoss(LossModule):
     """`jsd` as a module: ``JSDLoss(beta=0.1, temperature=2.0)(student, teacher)``."""
 
     function = staticmethod(jsd)

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.divergences import KL, REVERSE_KL, Spec, kl_rows
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -357,7 +358,7 @@ def kl_div(
     return loss.view(rows) if reduction == "none" else loss
 
 
-class KLDivLoss(LogitLoss):
+class KLDivLoss(LossModule):
     """`kl_div` as a module: ``KLDivLoss(temperature=4.0)(student, teacher)``.
 
     The options are those of `kl_div`; ``mask`` and ``weights`` are given with each call. A temperature that is

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdkernels.ops.distillation_loss import distillation_spec, named_terms
 from kdkernels.ops.linear_loss import Scale
-from kdkernels.ops.logit_loss import LogitLoss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature
 from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
@@ -168,7 +168,7 @@ def linear_distillation_loss(
 linear_distillation_loss_reference = partial(linear_distillation_loss, backend="reference")
 
 
-class LinearDistillationLoss(LogitLoss):
+class LinearDistillationLoss(LossModule):
     """`linear_distillation_loss` as a module: ``LinearDistillationLoss(temperature=2.0)(student, student_weight,
     teacher, teacher_weight, labels)``; biases and given log-probabilities with each call."""
 
@@ -178,5 +178,5 @@ class LinearDistillationLoss(LogitLoss):
         "teacher_bias",
         "teacher_log_probs",
         "teacher_indices",
-        *LogitLoss.per_call,
+        *LossModule.per_call,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdkernels.ops.divergences import KL, REVERSE_KL, Spec
 from kdkernels.ops.linear_loss import Scale
-from kdkernels.ops.logit_loss import LogitLoss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature
 from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
@@ -102,9 +102,9 @@ def linear_kl_div(
 linear_kl_div_reference = partial(linear_kl_div, backend="reference")
 
 
-class LinearKLDivLoss(LogitLoss):
+class LinearKLDivLoss(LossModule):
     """`linear_kl_div` as a module: ``LinearKLDivLoss(temperature=2.0)(student, student_weight, teacher,
     teacher_weight)``; biases and given log-probabilities with each call."""
 
     function = staticmethod(linear_kl_div)
-    per_call = ("student_bias", "teacher_bias", "teacher_log_probs", "teacher_indices", *LogitLoss.per_call)
+    per_call = ("student_bias", "teacher_bias", "teacher_log_probs", "teacher_indices", *LossModule.per_call)

@@ -28,15 +28,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import (
     KL,
@@ -47,7 +46,7 @@ from kdkernels.ops.divergences import (
     TOTAL_VARIATION,
     Spec,
 )
-from kdkernels.ops.logit_loss import logit_loss_reference, run_logit_loss_kernels
+from kdkernels.ops.logit_loss import logit_loss_reference, run_logit_loss_kernels, scale_of_soft
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -57,6 +56,7 @@ from kdkernels.ops.rows import (
     check_mask,
     check_number,
     check_range,
+    check_ranges,
     check_reduction,
     check_temperatures,
     check_weights,
@@ -102,7 +102,7 @@ def plan_linear_loss(
         rows, classes: M and N of the logits.
         itemsize: bytes of one logit in a chunk: 4, or 8 for float64.
         device: "cpu", or "cuda" for any GPU.
-        cores: the CPU's threads, or the GPU's multiprocessors.
+        cores: the GPU's multiprocessors.
         cache: bytes of the CPU's last cache.
         tiled: whether the loss, dtype and backend have a kernel for the strategy "tiles".
 
@@ -127,12 +127,11 @@ def plan_linear_loss(
 def _machine(device: torch.device) -> tuple[int, int]:
     """(cores, cache) as `plan_linear_loss` takes them."""
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, properties.L2_cache_size
+        return torch.cuda.get_device_properties(device).multi_processor_count, 0
     try:
-        return os.cpu_count() or 1, os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
+        return 1, os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
     except (AttributeError, ValueError, OSError):
-        return os.cpu_count() or 1, 32 << 20
+        return 1, 32 << 20
 
 
 class Call(NamedTuple):
@@ -235,7 +234,8 @@ def _handed_out(call: Call, outputs: Sequence[Tensor | None]) -> list[Tensor]:
 def _planned(call: Call) -> Call:
     if call.chunk_rows >= 0:
         return call
-    return call._replace(chunk_rows=planned_rows(call.input, call.classes, _takes_tiles(call)))
+    tiled = _takes_tiles(call.backend, call.kind, call.spec, (call.scale, call.target_scale))
+    return call._replace(chunk_rows=planned_rows(call.input, call.classes, tiled))
 
 
 def planned_rows(x: Tensor, classes: int, tiled: bool = False) -> int:
@@ -256,15 +256,14 @@ def _planned_rows(rows: int, classes: int, itemsize: int, device: torch.device, 
 _TILED = (NONE, KL, REVERSE_KL, MIXTURE, TOTAL_VARIATION)
 
 
-def _takes_tiles(call: Call) -> bool:
-    """Whether there is a kernel that forms this call's logits in tiles."""
+def _takes_tiles(backend: str, kind: int, spec: Spec, scales: Iterable[Scale | None]) -> bool:
+    """Whether there is a kernel that forms the logits in tiles."""
     return (
-        call.backend == "triton"
-        and call.kind in (NO_TEACHER, HIDDEN)
-        and call.spec.divergence in _TILED
-        and not call.spec.standardize
-        and call.scale is None
-        and call.target_scale is None
+        backend == "triton"
+        and kind in (NO_TEACHER, HIDDEN)
+        and spec.divergence in _TILED
+        and not spec.standardize
+        and not any(isinstance(scale, Tensor) for scale in scales)
     )
 
 
@@ -540,17 +539,11 @@ def _fill_topk(
     labels, temperature, _, temperature_value, _, row_scale, row_scale_value, mask = shared
     loss, terms, grad, grad_log_probs, of_temperature = filled
     spec = call.spec
-    factor: Tensor | float = spec.soft_weight  # of the soft part: with T²
-    if spec.squared:
-        squared = temperature_value**2 if temperature is None else temperature * temperature
-        factor = squared * spec.soft_weight
-    soft_scale, soft_scale_value = row_scale, row_scale_value
-    if isinstance(factor, Tensor):
-        soft_scale = factor * (row_scale_value if row_scale is None else row_scale)
-    elif row_scale is not None:
-        soft_scale = row_scale * factor
+    each, factor = scale_of_soft(spec, temperature, temperature_value)
+    if each is None:
+        soft_scale = None if row_scale is None else row_scale * factor
     else:
-        soft_scale_value = row_scale_value * factor
+        soft_scale = each * (row_scale_value if row_scale is None else row_scale)
     soft = torch.empty(student.shape[0], dtype=student.dtype, device=student.device)
     wanted = grad if grad is None or grad.dtype == student.dtype else torch.empty_like(student)
     launcher(call.backend, "topk_kl_div")(
@@ -560,7 +553,7 @@ def _fill_topk(
         temperature,
         temperature_value,
         soft_scale,
-        soft_scale_value,
+        factor * row_scale_value,
         mask,
         call.tail,
         soft,
@@ -572,14 +565,10 @@ def _fill_topk(
         of_temperature.add_(soft / temperature, alpha=2)
     rest = spec._replace(divergence=NONE)
     if rest.hard_weight or rest.z_loss:
-        # In place: the soft part is through with the logits.
-        in_place = None if grad is None else student
-        cap_needs = call.cap and grad is not None
-        if cap_needs:  # the logits are read once more
-            in_place = torch.empty_like(student)
-        nothing = (loss, terms, in_place, None, None, None)
+        # In place, unless a cap reads the logits once more: the soft part is through with them.
+        of_rest = None if grad is None else torch.empty_like(student) if call.cap else student
         run_logit_loss_kernels(
-            nothing,
+            (loss, terms, of_rest, None, None, None),
             student,
             None,
             labels,
@@ -597,7 +586,7 @@ def _fill_topk(
             call.backend,
         )
         if wanted is not None:
-            wanted.add_(in_place)  # type: ignore[arg-type]
+            wanted.add_(of_rest)  # type: ignore[arg-type]
         if loss is not None:
             loss.add_(soft)
     else:
@@ -624,11 +613,6 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
     dtype = statistics_dtype(call.input.dtype)
     if spec.squared and call.needs[6] and terms is None:  # T² has a derivative too, made of the soft term
         terms = torch.empty(5, rows, dtype=dtype, device=device)
-    soft_scale, soft_scale_value = None, spec.soft_weight
-    if spec.squared and call.input_temperature is not None:
-        soft_scale = call.input_temperature.square() * spec.soft_weight
-    elif spec.squared:
-        soft_scale_value *= call.input_temperature_value**2
     target_weight, target_bias, target_start = call.target_weight, call.target_bias, call.target_start
     of_target = list(gradients[3:6])
     if call.tied:
@@ -649,8 +633,7 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
         _classes(target_bias, target_start, call.classes) if call.kind == HIDDEN else None,
         call.labels,
         *call[8:12],
-        soft_scale,
-        soft_scale_value,
+        *scale_of_soft(spec, call.input_temperature, call.input_temperature_value),
         call.row_scale,
         call.row_scale_value,
         call.mask,
@@ -857,7 +840,7 @@ class _LinearLoss(torch.autograd.Function):
                 row_scale, scale_value = row_scale.contiguous(), 1.0
             numbers = [a if b is None else b for a, b in zip(ctx.numbers, numbers)]
             call = _call(tensors, numbers, indices, labels, mask, row_scale, scale_value, options, needs[:10])
-            with _no_autocast(tensors[0]):
+            with full_precision(tensors[0]):
                 gradients = _run(False, call._replace(with_terms=False))
         if needs[10]:
             each, one = scale_of_rows(None, mask, options.reduction, rows.shape[0], rows.dtype)
@@ -1004,14 +987,7 @@ def linear_loss(
     options = Options(
         spec, kind, tied, TAILS.index(tail), caps, ranges, reduction, chunk_rows, with_terms, backend
     )
-    if strategy == "tiles" and (
-        backend != "triton"
-        or kind not in (NO_TEACHER, HIDDEN)
-        or spec.divergence not in _TILED
-        or spec.standardize
-        or isinstance(scale, Tensor)
-        or isinstance(teacher_scale, Tensor)
-    ):
+    if strategy == "tiles" and not _takes_tiles(backend, kind, spec, (scale, teacher_scale)):
         raise ValueError(
             "strategy must be None or 'chunks', unless the backend is 'triton', the teacher has hidden states, soft "
             "takes no label apart, standardize is False and the logit scales are floats"
@@ -1020,7 +996,7 @@ def linear_loss(
         teacher_weight = teacher_bias = None
     numbers = (temperature, teacher_temperature, scale, teacher_scale)
 
-    with _no_autocast(student):
+    with full_precision(student):
         if backend == "reference":
             loss, every = linear_loss_reference(
                 student,
@@ -1072,13 +1048,6 @@ def linear_loss(
         loss = loss.view(shape)
         terms = None if terms is None else terms.view(5, *shape)
     return loss, terms
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The products inside are of the dtypes that they are given."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
@@ -1191,8 +1160,8 @@ def _ranges(
     teacher_valid_classes: Range,
 ) -> tuple[int, int, int]:
     """Where the student's and the teacher's valid classes start, and how many they are."""
-    start, stop = check_range(valid_classes, "valid_classes", weight.shape[0])
     if kind in (NO_TEACHER, TOPK):
+        start, stop = check_range(valid_classes, "valid_classes", weight.shape[0])
         if teacher_valid_classes is not None:
             check_range(teacher_valid_classes, "teacher_valid_classes", weight.shape[0], "teacher")
         return start, start, stop - start
@@ -1207,22 +1176,7 @@ def _ranges(
             f"{name} must have the student's {weight.shape[0]} classes, got {there} (valid_classes can say which to "
             "compare)"
         )
-    if teacher_valid_classes is None:
-        if stop > there:
-            raise ValueError(
-                f"valid_classes ({start}, {stop}) must lie in the teacher's {there} classes too, where "
-                "teacher_valid_classes is not given"
-            )
-        return start, start, stop - start
-    teacher_start, teacher_stop = check_range(
-        teacher_valid_classes, "teacher_valid_classes", there, "teacher"
-    )
-    if teacher_stop - teacher_start != stop - start:
-        raise ValueError(
-            f"valid_classes and teacher_valid_classes must be equally long, got ({start}, {stop}) and "
-            f"({teacher_start}, {teacher_stop})"
-        )
-    return start, teacher_start, stop - start
+    return check_ranges(valid_classes, teacher_valid_classes, weight.shape[0], there)
 
 
 def check_chunks(strategy: str | None, chunk_rows: int | None) -> int:

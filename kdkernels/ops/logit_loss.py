@@ -22,13 +22,12 @@ that comes from the teacher's side adds 2 reads.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.divergences import (
@@ -183,19 +182,12 @@ def run_logit_loss_kernels(
     # T² has a derivative too, and it is made of the terms.
     if spec.squared and grad_temperature is not None and terms is None:
         terms = torch.empty(len(TERMS), rows, dtype=grad_temperature.dtype, device=input.device)
-    soft_scale, soft_scale_value = None, spec.soft_weight
-    if spec.squared:
-        if input_temperature is None:
-            soft_scale_value *= input_temperature_value**2
-        else:
-            soft_scale = input_temperature * input_temperature
-            if spec.soft_weight != 1:
-                soft_scale *= spec.soft_weight
     kernel = launcher(backend, "logit_loss")
     input, grad_input = _within(input, grad_input, start, classes)
     if target is not None:
         target, grad_target = _within(target, grad_target, target_start, classes)
-    shared = (soft_scale, soft_scale_value, row_scale, scale, mask)
+    soft_scale = scale_of_soft(spec, input_temperature, input_temperature_value)
+    shared = (*soft_scale, row_scale, scale, mask)
     if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
         options = (*spec[:5], *spec[7:])
         found = (loss, terms, grad_input, grad_temperature)
@@ -210,6 +202,18 @@ def run_logit_loss_kernels(
         assert terms is not None and input_temperature is not None
         of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]
         grad_temperature.add_(of_square / input_temperature, alpha=2)
+
+
+def scale_of_soft(
+    spec: Spec, temperature: Tensor | None, temperature_value: float
+) -> tuple[Tensor | None, float]:
+    """What a row's divergence is multiplied with, T² included: values of the rows (M,), or one for all."""
+    if not spec.squared:
+        return None, spec.soft_weight
+    if temperature is None:
+        return None, spec.soft_weight * temperature_value**2
+    squared = temperature * temperature
+    return (squared if spec.soft_weight == 1 else squared * spec.soft_weight), 1.0
 
 
 def _within(x: Tensor, grad: Tensor | None, start: int, classes: int) -> tuple[Tensor, Tensor | None]:
@@ -475,36 +479,3 @@ def logit_loss(
         loss = loss.view(shape)
         terms = None if terms is None else terms.view(len(TERMS), *shape)
     return loss, terms
-
-
-class LogitLoss(nn.Module):
-    """A loss of the family as a module: the options of `function`, given once; ``mask`` and ``weights`` (`per_call`)
-    with each call. An option that is an ``nn.Parameter`` (a learnable temperature) is a parameter of the module."""
-
-    function: ClassVar[Callable[..., Any]]
-    per_call: ClassVar[tuple[str, ...]] = ("mask", "weights")
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        parameters = inspect.signature(type(self).function).parameters.values()
-        known = {
-            p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.per_call
-        }
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} takes {', '.join(known)}; got {name!r}")
-        check_reduction(options.get("reduction", "batchmean"))
-        for name, default in known.items():
-            setattr(self, name, options.get(name, default))
-        self._names, self._given = tuple(known), tuple(options)
-
-    def forward(self, *inputs: Any, **given: Tensor | None) -> Any:
-        for name in given:
-            if name not in self.per_call:
-                raise TypeError(
-                    f"{type(self).__name__} takes {', '.join(self.per_call)} with a call; got {name!r}"
-                )
-        return type(self).function(*inputs, **given, **{name: getattr(self, name) for name in self._names})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._given)

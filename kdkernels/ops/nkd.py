@@ -15,7 +15,8 @@ from functools import partial
 from torch import Tensor
 
 from kdkernels.ops.divergences import NORMALIZED, Spec
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature, check_number
 
 
@@ -96,7 +97,7 @@ def nkd(
 nkd_reference = partial(nkd, backend="reference")
 
 
-class NKDLoss(LogitLoss):
+class NKDLoss(LossModule):
     """`nkd` as a module: ``NKDLoss(gamma=3.5, temperature=3.0)(student, teacher, labels)``."""
 
     function = staticmethod(nkd)

@@ -69,15 +69,22 @@ def check_logits(
         or student.device != teacher.device
     ):
         refuse_logits(student, teacher)
-    start, stop = check_range(valid_classes, "valid_classes", student.shape[-1])
+    return check_ranges(valid_classes, teacher_valid_classes, student.shape[-1], teacher.shape[-1])
+
+
+def check_ranges(
+    valid_classes: Any, teacher_valid_classes: Any, classes: int, teacher_classes: int
+) -> tuple[int, int, int]:
+    """Where the student's and the teacher's valid classes start, and how many they are."""
+    start, stop = check_range(valid_classes, "valid_classes", classes)
     teacher_start, teacher_stop = start, stop
     if teacher_valid_classes is not None:
         teacher_start, teacher_stop = check_range(
-            teacher_valid_classes, "teacher_valid_classes", teacher.shape[-1], "teacher"
+            teacher_valid_classes, "teacher_valid_classes", teacher_classes, "teacher"
         )
-    elif stop > teacher.shape[-1]:
+    elif stop > teacher_classes:
         raise ValueError(
-            f"valid_classes ({start}, {stop}) must lie in the teacher's {teacher.shape[-1]} classes too, where "
+            f"valid_classes ({start}, {stop}) must lie in the teacher's {teacher_classes} classes too, where "
             "teacher_valid_classes is not given"
         )
     if teacher_stop - teacher_start != stop - start:
@@ -138,6 +145,17 @@ def check_labels(
             )
     labels = labels.long()
     return (labels - start if start else labels), counts
+
+
+def rows_that_count(
+    student: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int
+) -> Tensor | None:
+    """The rows of `student` that the mask and the labels leave in (None: all)."""
+    counts = None if mask is None else check_mask(mask, student)
+    if labels is None:
+        return counts
+    labelled = labels != ignore_index
+    return labelled if counts is None else counts & labelled
 
 
 def check_reduction(reduction: str) -> None:

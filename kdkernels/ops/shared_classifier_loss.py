@@ -24,15 +24,15 @@ from torch import Tensor
 
 from kdkernels.ops.distillation_loss import distillation_spec, named_terms
 from kdkernels.ops.linear_loss import Scale, check_side
-from kdkernels.ops.logit_loss import LogitLoss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.pool_mse import pool_mse
 from kdkernels.ops.rows import (
     Temperature,
-    check_mask,
     check_number,
     check_weights,
     kind_of,
     reduce_rows,
+    rows_that_count,
 )
 from kdkernels.ops.teacher_statistics import TeacherStatistics, loss_of_teacher
 
@@ -147,7 +147,8 @@ def shared_classifier_loss(
         raise ValueError("feature_match must be 'pooled' or None where student and teacher are not both maps")
     as_maps = both_maps and feature_match != "pooled" and feature_mse_weight != 0
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    counts = _counts(student, labels, mask, ignore_index)
+    labelled = labels if isinstance(labels, Tensor) and labels.shape == student.shape[:1] else None
+    counts = rows_that_count(student[:, :1].flatten(1), mask, labelled, ignore_index)
     of_features = pooled_teacher = None
     if as_maps:
         assert features is not None
@@ -226,15 +227,6 @@ def _check_widths(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _counts(student: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
-    rows = student[:, :1].flatten(1)  # (B, ·): what has the batch for rows
-    counts = None if mask is None else check_mask(mask, rows)
-    if isinstance(labels, Tensor) and labels.shape == student.shape[:1]:
-        labelled = labels != ignore_index
-        counts = labelled if counts is None else counts & labelled
-    return counts
-
-
 def _pool(x: Tensor, counts: Tensor | None) -> Tensor:  # (B, C, ...) -> (B, C)
     x = x if x.dim() == 2 else x.flatten(2).mean(2)
     return x if counts is None else torch.where(counts[:, None], x, 0)
@@ -267,9 +259,9 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student, pool(teacher, list(student.shape[2:]))
 
 
-class SharedClassifierLoss(LogitLoss):
+class SharedClassifierLoss(LossModule):
     """`shared_classifier_loss` as a module: ``SharedClassifierLoss(soft_weight=1.0)(student, teacher, weight, bias,
     labels)``; the projector's weight and bias with each call."""
 
     function = staticmethod(shared_classifier_loss)
-    per_call = ("projector_weight", "projector_bias", *LogitLoss.per_call)
+    per_call = ("projector_weight", "projector_bias", *LossModule.per_call)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels.ops.divergences import KL, MIXTURE, REVERSE_KL, Spec
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature, check_fraction
 
 
@@ -97,7 +98,7 @@ def skew_kl_div(
 skew_kl_div_reference = partial(skew_kl_div, backend="reference")
 
 
-class SkewKLDivLoss(LogitLoss):
+class SkewKLDivLoss(LossModule):
     """`skew_kl_div` as a module: ``SkewKLDivLoss(alpha=0.1, reverse=True)(student, teacher)``."""
 
     function = staticmethod(skew_kl_div)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import (
     FeatureLoss,
     as_problems,
@@ -29,7 +29,6 @@ from kdkernels.ops.features import (
     check_features,
     check_order,
     check_sample_weights,
-    full_precision,
     proportions,
 )
 from kdkernels.ops.rows import kind_of

@@ -29,7 +29,13 @@ from kdkernels.backend import statistics_dtype
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import KL, NONE, Spec
 from kdkernels.ops.linear_loss import check_chunks, check_side, linear_loss, planned_rows
-from kdkernels.ops.rows import check_mask, check_number, check_temperature, check_weights, reduce_rows
+from kdkernels.ops.rows import (
+    check_number,
+    check_temperature,
+    check_weights,
+    reduce_rows,
+    rows_that_count,
+)
 
 
 @dataclass(frozen=True)
@@ -229,10 +235,7 @@ def loss_of_teacher(
         **options,
     )
     assert terms is not None
-    counts = None if mask is None else check_mask(mask, student)
-    if labels is not None:
-        labelled = labels != options.get("ignore_index", -100)
-        counts = labelled if counts is None else counts & labelled
+    counts = rows_that_count(student, mask, labels, options.get("ignore_index", -100))
     x = student.to(dtype)
     if counts is not None:
         x = torch.where(counts[..., None], x, 0)

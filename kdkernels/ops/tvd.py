@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor
 
 from kdkernels.ops.divergences import TOTAL_VARIATION, Spec
-from kdkernels.ops.logit_loss import LogitLoss, logit_loss
+from kdkernels.ops.logit_loss import logit_loss
+from kdkernels.ops.module import LossModule
 from kdkernels.ops.rows import Range, Temperature
 
 
@@ -81,7 +82,7 @@ def tvd(
 tvd_reference = partial(tvd, backend="reference")
 
 
-class TVDLoss(LogitLoss):
+class TVDLoss(LossModule):
     """`tvd` as a module: ``TVDLoss(temperature=2.0)(student, teacher)``."""
 
     function = staticmethod(tvd)
