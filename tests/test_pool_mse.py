@@ -355,10 +355,11 @@ def test_threads_do_not_change_a_bit(layout):
             assert torch.equal(a, b)
 
 
+# Several pieces of a sample; several tiles of channels in a piece.
+@pytest.mark.parametrize("shape", [(2, 100, 83), (2, 700, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_deterministic(backend, layout, monkeypatch):
-    # Large enough for several pieces of a sample.
-    student, teacher = (lay(x, layout).to(device_of(backend)) for x in maps((2, 100, 83), torch.float32))
+def test_deterministic(backend, layout, shape, monkeypatch):
+    student, teacher = (lay(x, layout).to(device_of(backend)) for x in maps(shape, torch.float32))
     runs = []
     for seed in range(3):  # where a GPU is only played, it runs its threads in another order each time
         monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
