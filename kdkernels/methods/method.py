@@ -1,0 +1,127 @@
+"""What every method is: a student, a teacher, a loss in named terms, and what is shipped in the end.
+
+method = SimKD(student, teacher)
+optimizer = torch.optim.SGD(method.parameters_to_train(), 0.05)
+for epoch in range(1, epochs + 1):
+    method.train()
+    method.start_epoch(epoch, epochs)
+    for images, labels in loader:
+        output = method(images, labels)
+        optimizer.zero_grad(); output.loss.backward(); optimizer.step()
+method.deployable().save("student.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kdkernels
+from kdkernels.methods.deployable import Deployable
+from kdkernels.methods.network import Network, Seen
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Output(NamedTuple):
+    """What a step gives."""
+
+    loss: Tensor  # ()
+    terms: dict[str, Tensor]  # the loss's parts with their weights; detached, and adding up to it
+    logits: Tensor  # (M, N): of what is deployed
+
+
+class Method(nn.Module):
+    """The base of all methods. The models are not changed; the teacher is frozen (its parameters require no gradient,
+    and it stays in evaluation mode) by every method that does not train it.
+
+    Called with images (M, …) and labels (L,), L ≤ M: the first L images have those labels, the others have none and
+    take part in all but the cross-entropy.
+    """
+
+    #: Which of the teacher's outputs a step uses: these a caller may keep and hand in again.
+    uses: tuple[str, ...] = ("logits",)
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        student_classifier: str | None = None,
+        teacher_classifier: str | None = None,
+        student_map: str | None = None,
+        teacher_map: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._student = Network(student, "student", student_classifier, student_map)
+        self._teacher = Network(teacher, "teacher", teacher_classifier, teacher_map)
+        if self._student.classes != self._teacher.classes:
+            raise ValueError(
+                f"student must have the teacher's {self._teacher.classes} classes, got {self._student.classes}"
+            )
+        self.student, self.teacher = student, teacher
+        self.backend = backend
+        #: Makes one batch of all processes' features; one process has them all already.
+        self.gather: Callable[[Tensor], Tensor] = lambda x: x
+        self._freeze(teacher)
+
+    def _freeze(self, teacher: nn.Module) -> None:
+        teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but a frozen teacher."""
+        super().train(mode)
+        for teacher in self.frozen():
+            teacher.eval()
+        return self
+
+    def frozen(self) -> list[nn.Module]:
+        """The models that stay as they are."""
+        return [self.teacher]
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Before each epoch, counted from 1."""
+
+    def parameters_to_train(self) -> list[nn.Parameter]:
+        """What the optimizer gets."""
+        return list(self.student.parameters())
+
+    def look_at_teacher(self, images: Tensor) -> Seen:
+        """The frozen teacher's outputs for these images: constants, which may be kept and given to later calls."""
+        with torch.no_grad():
+            return self._teacher(images)
+
+    def forward(self, images: Tensor, labels: Tensor, teacher: Seen | None = None) -> Output:
+        """The loss of a batch. `teacher`: what `look_at_teacher` gave for these images, if it is known already."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(M, N) logits of what would be deployed now."""
+        return self.student(images)
+
+    def deployable(self) -> Deployable:
+        """The module to ship, a copy."""
+        return Deployable(self.student)
+
+    def monitor(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """What a method wants logged each epoch beside its loss, on images that it does not train on."""
+        return {}
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of the rows that have a label; 0 where none has."""
+        rows = logits[: len(labels)]
+        result = kdkernels.distillation_loss(
+            rows, rows.detach(), labels, soft_weight=0.0, hard_weight=1.0, backend=self.backend
+        )
+        assert isinstance(result, Tensor)
+        return result
+
+    def _output(self, terms: Mapping[str, Tensor], logits: Tensor) -> Output:
+        """The loss is the terms' sum."""
+        loss = torch.stack([*terms.values()]).sum()
+        return Output(loss, {name: term.detach() for name, term in terms.items()}, logits)
