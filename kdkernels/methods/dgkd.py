@@ -9,7 +9,7 @@ so themselves, largest first: kdkernels.methods.takd.chain(models, dense=True).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,15 @@ class DGKD(Method):
 
     def frozen(self) -> list[nn.Module]:
         return list(self.teachers)
+
+    def look_at(self, number: int) -> Callable[[Tensor], Seen]:
+        """What `look_at_teacher` is, of one of the teachers."""
+
+        def look(images: Tensor) -> Seen:
+            with torch.no_grad():
+                return self._networks[number](images)
+
+        return look
 
     def look_at_teachers(self, images: Tensor) -> list[Tensor]:
         """Every teacher's logits, (M, N) each."""
