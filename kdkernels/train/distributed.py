@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 
@@ -19,20 +18,23 @@ def share_of(count: int, rank: int, world: int) -> slice:
     return slice(start, start + size + (rank < longer))
 
 
-def sum_over_processes(x: Tensor, fabric: Fabric | None) -> Tensor:
-    if fabric is None or fabric.world_size == 1:
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Without a gradient."""
+    if not dist.is_initialized():
         return x
-    return fabric.all_reduce(x.clone(), reduce_op="sum")  # type: ignore[return-value]
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
 
 
-def gather_rows(x: Tensor, fabric: Fabric, sizes: list[int]) -> Tensor:  # (sizes[rank], ...) -> (sum, ...)
+def gather_rows(x: Tensor, sizes: list[int]) -> Tensor:  # (sizes[rank], ...) -> (sum of sizes, ...)
     """All processes' rows, in the processes' order. Gradients flow back to whose rows they are."""
-    if fabric.world_size == 1:
+    if not dist.is_initialized():
         return x
-    most = max(sizes)
-    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    every: Any = fabric.all_gather(padded, sync_grads=x.requires_grad)
-    return torch.cat([rows[:size] for rows, size in zip(every, sizes)])
+    rank = dist.get_rank()
+    before, after = sum(sizes[:rank]), sum(sizes[rank + 1 :])
+    place = (x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:]))
+    return _AllReduce.apply(torch.cat(place))
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -44,15 +46,12 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(input)
-        x = input.float()
+        x = input if input.dtype == torch.float64 else input.float()
         places = [0, *range(2, x.dim())]
         # Sums of the values and their squares about the running mean, which keeps the squares from cancelling.
         shape = (1, -1, *[1] * (x.dim() - 2))
-        origin = (
-            torch.zeros(x.shape[1], device=x.device)
-            if self.running_mean is None
-            else self.running_mean.clone()
-        )
+        running = self.running_mean
+        origin = x.new_zeros(x.shape[1]) if running is None else running.to(x.dtype, copy=True)
         shifted = x - origin.view(shape)
         count = x.new_full((1,), x.numel() / x.shape[1])
         sums = torch.cat([shifted.sum(places), shifted.square().sum(places), count])

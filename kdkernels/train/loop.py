@@ -167,7 +167,7 @@ def accuracy(
     for some in mine.split(EVALUATION_BATCH) if len(mine) else ():
         images, wanted = take(data, part, some)
         right += (model(images).argmax(1) == wanted).sum()
-    return 100 * float(sum_over_processes(right, fabric)) / len(rows)
+    return 100 * float(sum_over_processes(right)) / len(rows)
 
 
 def steps_of(training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -206,7 +206,7 @@ class Fit:
         if compiled:
             self._compile()
         if hasattr(learner, "gather"):
-            learner.gather = lambda x: gather_rows(x, self.fabric, self.pieces)
+            learner.gather = lambda x: gather_rows(x, self.pieces)
         self.pieces: list[int] = []  # how many rows of the present piece each process has
         self.module, *self.optimizers = fabric.setup(learner, *optimizers)
         self.module.mark_forward_method("predict")
@@ -270,10 +270,10 @@ class Fit:
                 self._check(number, step, losses)
             advance()
         self._check(number, steps, losses)
-        mean = sum_over_processes(torch.stack(losses).sum(), fabric).item() / fabric.world_size / steps
+        mean = sum_over_processes(torch.stack(losses).sum()).item() / fabric.world_size / steps
         seconds = time.perf_counter() - started  # the line above waited for a GPU
         means = {
-            name: float(sum_over_processes(total, fabric)) / fabric.world_size / steps
+            name: float(sum_over_processes(total)) / fabric.world_size / steps
             for name, total in terms.items()
         }
         self.module.eval()
@@ -358,7 +358,7 @@ class Fit:
 
     def _check(self, epoch: int, step: int, losses: list[Tensor]) -> None:
         """Stop at a loss that is not a number, in every process, and say which batch gave it."""
-        whole = sum_over_processes(torch.stack(losses), self.fabric) / self.fabric.world_size
+        whole = sum_over_processes(torch.stack(losses)) / self.fabric.world_size
         if bool(torch.isfinite(whole[-1])) and bool(torch.isfinite(whole).all()):
             return
         first = int((~torch.isfinite(whole)).nonzero()[0, 0])
