@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -80,8 +81,7 @@ class Deployable(nn.Module):
 
     def save(self, path: str | os.PathLike[str], **about: Any) -> None:
         """Write it as safetensors, whole or not at all; `about` (JSON) is kept with it. `load_deployable` reads it."""
-        from safetensors.torch import save
-
+        save = _safetensors("safetensors.torch").save
         structure = {
             "connectors": [
                 {"kind": name_of(connector), **getattr(connector, "spec", {})}
@@ -163,15 +163,21 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> Non
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors("safetensors")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path} is not a deployable module of kdkernels")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about["structure"])  # noqa: SIM118
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def _safetensors(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError("shipped modules are safetensors files: pip install 'kdkernels[train]'") from None
