@@ -268,6 +268,7 @@ MUTATIONS = [
     Mutation("wasserstein: one coupling for all", OP_WASSERSTEIN, "i, j = solver.linear_sum_assignment(c)", "i, j = np.arange(len(c)), np.arange(len(c))", "tests/test_wasserstein.py -k brute"),
     Mutation("wasserstein: labels cost nothing", OP_WASSERSTEIN, "(of_features + label_weight * of_labels)", "of_features", "tests/test_wasserstein.py -k joint"),
     Mutation("joint: distances within x", OP_WASSERSTEIN, "    cost = distances(x, y, p)\n    scale", "    cost = distances(x, x, p)\n    scale", "tests/test_wasserstein.py -k joint"),
+    Mutation("linear: logits that nothing needs", LINEAR, "if spec.divergence == NONE and not (spec.hard", "if False and not (spec.hard", linear("reference", "no_logits", op="shared_classifier_loss")),
     Mutation("anchor: sign of the gradient", "kdkernels/ops/anchor_penalty.py", "differences, 2 * grad_output", "differences, -2 * grad_output", "tests/test_anchor_penalty.py"),
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
