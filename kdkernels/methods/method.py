@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels
+from kdkernels.methods.connectors import make_connector
 from kdkernels.methods.deployable import Deployable
 from kdkernels.methods.network import Network, Seen
 
@@ -68,9 +69,9 @@ class Method(nn.Module):
         self.backend = backend
         #: Makes one batch of all processes' features; one process has them all already.
         self.gather: Callable[[Tensor], Tensor] = lambda x: x
-        self._freeze(teacher)
+        self._take_teacher(teacher)
 
-    def _freeze(self, teacher: nn.Module) -> None:
+    def _take_teacher(self, teacher: nn.Module) -> None:
         teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -111,6 +112,11 @@ class Method(nn.Module):
     def monitor(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What a method wants logged each epoch beside its loss, on images that it does not train on."""
         return {}
+
+    def _make_connector(self, connector: str | nn.Module, network: Network, factor: int = 2) -> nn.Module:
+        """From the student's last map to that of a teacher."""
+        like = self._student.classifier.weight
+        return make_connector(connector, self._student.width, network.width, factor, like)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of the rows that have a label; 0 where none has."""
