@@ -279,7 +279,7 @@ def test_dgkd_refuses():
     for drop in (-1, 2):
         with pytest.raises(ValueError, match=f"drop must leave one of the 2 teachers at least, got {drop}"):
             DGKD(student, teachers, drop=drop)
-    with pytest.raises(ValueError, match=r"teachers must have the student's 5 classes, got 4"):
+    with pytest.raises(ValueError, match=r"student must have the teacher's 4 classes, got 5"):
         DGKD(student, [teachers[0], ConvNet(6, classes=4)])
     method = DGKD(student, teachers)
     images, labels = batch()

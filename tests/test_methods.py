@@ -52,11 +52,16 @@ def test_the_teacher_stays_as_it_is(name):
     assert method.student.training and not method.eval().student.training
 
 
-@each
-@pytest.mark.parametrize("kind", ["wider", "equal", "mlp"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in METHODS
+        for kind in ("wider", "equal", "mlp")
+        if (name, kind) != ("maskd", "mlp")
+    ],
+)
 def test_every_parameter_to_train_is_there_once_and_learns(name, kind):
-    if (name, kind) == ("maskd", "mlp"):
-        pytest.skip("no maps")
     images, labels = batch()
     method = make(name, *pair(kind))
     parameters = method.parameters_to_train()
@@ -213,20 +218,43 @@ def test_new_modules_are_where_the_student_is(name):
     assert output.loss.dtype == torch.float32 and output.loss.isfinite()
 
 
-@pytest.mark.parametrize("name", ["kd", "simkd"])
+# Not KD²M's exact transport, whose solver is on the host, nor DGKD, whose teachers are drawn for each batch.
+@pytest.mark.parametrize("name", ["kd", "ctkd", "maskd", "mgd", "srrl", "ijckd", "atsc"])
+def test_compiles_into_one_graph(name):
+    """Once the models were looked at."""
+    images, labels = batch()
+    method = make(name, *pair())
+    method.eval()(images, labels)
+    method.train()
+    twin = copy.deepcopy(method)
+    compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+    losses = []
+    for m in (compiled, twin):
+        torch.manual_seed(0)
+        loss = m(images, labels).loss
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+    for p, q in zip(method.parameters_to_train(), twin.parameters_to_train()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("name", ["kd", "simkd", "dgkd"])
 def test_compiles(name):
     images, labels = batch()
     method = make(name, *pair())
     twin = copy.deepcopy(method)
     compiled = torch.compile(method, backend="aot_eager")
     for _ in range(3):
-        output, wanted = compiled(images, labels), twin(images, labels)
+        torch.manual_seed(0)
+        output = compiled(images, labels)
+        torch.manual_seed(0)
+        wanted = twin(images, labels)
         torch.testing.assert_close(output.loss, wanted.loss)
         output.loss.backward()
         wanted.loss.backward()
         for p, q in zip(method.parameters_to_train(), twin.parameters_to_train()):
             torch.testing.assert_close(p.grad, q.grad)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 40
     del output, wanted
     assert not method._student._at_map.kept and not method._student._at_classifier.kept
 

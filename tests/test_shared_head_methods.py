@@ -321,7 +321,7 @@ def test_atsc_refuses():
         ValueError, match=r"connector must be a name where there are several teachers, got a module"
     ):
         ATSC(student, [teacher, MLP(10)], connector=nn.Identity())
-    with pytest.raises(ValueError, match=r"teacher must have the student's 5 classes, got 4"):
+    with pytest.raises(ValueError, match=r"student must have the teacher's 4 classes, got 5"):
         ATSC(student, [teacher, ConvNet(6, classes=4)])
     images, labels = batch()
     method = ATSC(student, teacher)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kdkernels.methods.deployable import Deployable, classify
 from kdkernels.methods.method import Output
-from kdkernels.methods.network import Network, Seen
+from kdkernels.methods.network import Seen
 from kdkernels.methods.simkd import SharedHead
 from kdkernels.ops.anchor_penalty import AnchorPenaltyLoss
 
@@ -48,6 +48,7 @@ class ATSC(SharedHead):
     """
 
     uses: tuple[str, ...] = ()
+    learning_teacher = True
 
     def __init__(
         self,
@@ -70,22 +71,12 @@ class ATSC(SharedHead):
             raise ValueError("connector must be a name where there are several teachers, got a module")
         super().__init__(student, teachers[0], connector=connector, factor=factor, **rest)
         self.teachers = nn.ModuleList(teachers)
-        for other in teachers[1:]:
-            self._take_teacher(other)
-        self._networks = [self._teacher, *(Network(t, "teacher") for t in teachers[1:])]
-        for network in self._networks:
-            if network.classes != self._student.classes:
-                raise ValueError(
-                    f"teacher must have the student's {self._student.classes} classes, got {network.classes}"
-                )
+        self._networks = [self._teacher, *(self._take_teacher(t) for t in teachers[1:])]
         more = (self._make_connector(connector, network, factor) for network in self._networks[1:])
         self.connectors = nn.ModuleList([self.connector, *more])
         self.anchor_weight, self.head_update = anchor_weight, head_update
         self.teacher_training = teacher_training
         self.penalties = nn.ModuleList(AnchorPenaltyLoss(t.parameters(), min_dim=2) for t in teachers)
-
-    def _take_teacher(self, teacher: nn.Module) -> None:
-        teacher.requires_grad_(True)  # this teacher learns
 
     def frozen(self) -> list[nn.Module]:
         return []

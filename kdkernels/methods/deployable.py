@@ -82,7 +82,8 @@ class Deployable(nn.Module):
         return Cost(sum(p.numel() for p in self.parameters()), counter.get_total_flops())
 
     def save(self, path: str | os.PathLike[str], **about: Any) -> None:
-        """Write it as safetensors, whole or not at all; `about` (JSON) is kept with it. `load_deployable` reads it."""
+        """Write it as safetensors (``pip install 'kdkernels[methods]'``), whole or not at all; `about` (JSON) is kept
+        with it. `load_deployable` reads it."""
         from safetensors.torch import save
 
         structure = {

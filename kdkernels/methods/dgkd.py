@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kdkernels
 from kdkernels.methods.method import Method, Output
-from kdkernels.methods.network import Network, Seen
+from kdkernels.methods.network import Seen
 
 
 class DGKD(Method):
@@ -42,14 +42,7 @@ class DGKD(Method):
         if drop < 0 or (drop >= len(teachers) and len(teachers) > 1):
             raise ValueError(f"drop must leave one of the {len(teachers)} teachers at least, got {drop}")
         self.teachers = nn.ModuleList(teachers)
-        for teacher in teachers[1:]:
-            self._take_teacher(teacher)
-        self._networks = [self._teacher, *(Network(t, "teacher") for t in teachers[1:])]
-        for network in self._networks:
-            if network.classes != self._student.classes:
-                raise ValueError(
-                    f"teachers must have the student's {self._student.classes} classes, got {network.classes}"
-                )
+        self._networks = [self._teacher, *(self._take_teacher(t) for t in teachers[1:])]
         self.temperature, self.soft_weight = temperature, soft_weight
         self.drop = drop if len(teachers) > 1 else 0
         self.element_mean, self.generator = element_mean, generator
@@ -65,6 +58,7 @@ class DGKD(Method):
         with torch.no_grad():
             return [self._networks[number](images).logits for number in numbers]
 
+    @torch.compiler.disable
     def _kept(self) -> list[int]:
         """The teachers of a batch."""
         numbers = range(len(self._networks))
