@@ -321,6 +321,16 @@ def test_a_named_classifier_and_map():
         return {"hard": 0.1 * cross_entropy(z, labels), "soft": 0.9 * kl(z, z_t, 4.0)}
 
     check(method, formula, images, labels)
+    for several in ("dgkd", "atsc"):  # the names are every teacher's
+        method = METHODS[several](
+            student,
+            [teacher, copy.deepcopy(teacher)],
+            student_classifier="fc",
+            teacher_classifier="fc",
+            teacher_map="last.0",
+        )
+        assert method(images, labels).loss.isfinite()
+        assert [n.found_map() for n in method._networks] == ["last.0", "last.0"]
     named = {f"{role}_{what}": at for role in ("student", "teacher") for what, at in (("map", "last.1"),)}
     method = make("simkd", student, teacher, student_classifier="fc", teacher_classifier="fc", **named)
     method.eval()
