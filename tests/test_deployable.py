@@ -214,6 +214,14 @@ def test_deployed_module_keeps_nothing():
         assert not deployed._keep.kept and not deployed._keep.asked
 
 
+@pytest.mark.parametrize("name", ["kd", "simkd"])
+def test_exports(name):
+    images, _ = batch()
+    deployed = shipped(name)
+    exported = torch.export.export(deployed, (images,), strict=False)
+    assert torch.equal(exported.module()(images), deployed(images))
+
+
 def test_plain_module():
     student, _ = pair()
     images, _ = batch()
