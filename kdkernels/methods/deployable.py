@@ -161,6 +161,12 @@ def load_deployable(
     return module.eval()
 
 
+def fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
+    """Load a state dict, or say in one line what does not fit; then nothing was loaded."""
+    check_fit(module, tensors, complaint)
+    module.load_state_dict(tensors)
+
+
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
     """Say in one line what of a state dict does not fit a module."""
     have = module.state_dict()
