@@ -43,6 +43,9 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
+METHODS = "kdkernels/methods"
+
+
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
     chosen = " or ".join(words) or "loss_and_gradients or last_class or masked"
     return f"tests/test_{op}.py -k '{backend} and ({chosen})'"
@@ -69,6 +72,10 @@ def linear(backend: str, words: str, op: str = "linear_loss") -> str:
 
 
 def distance(suite: str, words: str) -> str:
+    return f"tests/test_{suite}.py -k '{words}'"
+
+
+def method(suite: str, words: str) -> str:
     return f"tests/test_{suite}.py -k '{words}'"
 
 
@@ -268,12 +275,54 @@ MUTATIONS = [
     Mutation("wasserstein: one coupling for all", OP_WASSERSTEIN, "i, j = solver.linear_sum_assignment(c)", "i, j = np.arange(len(c)), np.arange(len(c))", "tests/test_wasserstein.py -k brute"),
     Mutation("wasserstein: labels cost nothing", OP_WASSERSTEIN, "(of_features + label_weight * of_labels)", "of_features", "tests/test_wasserstein.py -k joint"),
     Mutation("joint: distances within x", OP_WASSERSTEIN, "    cost = distances(x, y, p)\n    scale", "    cost = distances(x, x, p)\n    scale", "tests/test_wasserstein.py -k joint"),
+    Mutation("linear: logits that nothing needs", LINEAR, "if spec.divergence == NONE and not (spec.hard", "if False and not (spec.hard", linear("cpu", "no_logits", op="shared_classifier_loss")),
     Mutation("anchor: sign of the gradient", "kdkernels/ops/anchor_penalty.py", "differences, 2 * grad_output", "differences, -2 * grad_output", "tests/test_anchor_penalty.py"),
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
     Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
     Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
     Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
+    Mutation("methods kd: hard weight on the soft term", f"{METHODS}/kd.py", "return self.soft_weight", "return self.hard_weight", method("logit_methods", "test_kd")),
+    Mutation("methods dkd: warm-up counted from 0", f"{METHODS}/dkd.py", "epoch / self.warmup", "(epoch - 1) / self.warmup", method("logit_methods", "test_dkd")),
+    Mutation("methods ctkd: temperature not reversed", f"{METHODS}/ctkd.py", "self.learned(self.strength)", "self.learned(-self.strength)", method("logit_methods", "ctkd")),
+    Mutation("methods ctkd: an epoch late", f"{METHODS}/ctkd.py", "cosine_reversal(epoch, self", "cosine_reversal(epoch - 1, self", method("logit_methods", "ctkd")),
+    Mutation("methods ctkd: theta not trained", f"{METHODS}/ctkd.py", ", *self.learned.parameters()]", "]", method("logit_methods", "ctkd")),
+    Mutation("methods rco: last anchor always", f"{METHODS}/rco.py", "(epoch - 1) * len(self.anchors) // epochs", "len(self.anchors)", method("logit_methods", "rco")),
+    Mutation("methods rco: anchors not looked at", f"{METHODS}/rco.py", 'check_fit(self.teacher, anchor, f"{name} is not of this teacher")', "None", method("logit_methods", "rco")),
+    Mutation("methods takd: element mean ignored", f"{METHODS}/takd.py", "(self._student.classes if self.element_mean else 1)", "1", method("logit_methods", "takd")),
+    Mutation("methods dgkd: no T²", f"{METHODS}/dgkd.py", "self.soft_weight * self.temperature**2", "self.soft_weight", method("logit_methods", "dgkd")),
+    Mutation("methods dgkd: drops in evaluation too", f"{METHODS}/dgkd.py", "if not (self.training and self.drop)", "if not self.drop", method("logit_methods", "dgkd")),
+    Mutation("methods maskd: masks not frozen", f"{METHODS}/maskd.py", "self.tokens.requires_grad_(False)", "None", method("feature_methods", "maskd")),
+    Mutation("methods maskd: a mask is like itself", f"{METHODS}/maskd.py", "dice.sum((1, 2)) - dice.diagonal(dim1=1, dim2=2).sum(1)", "dice.sum((1, 2))", method("feature_methods", "maskd")),
+    Mutation("methods maskd: masks on every call", f"{METHODS}/maskd.py", "if calls < self._teacher.map_calls:", "if False:", method("feature_methods", "maskd")),
+    Mutation("methods mgd: a mean, no sum", f"{METHODS}/mgd.py", "self.weight * y.shape[1:].numel() * mse", "self.weight * mse", method("feature_methods", "mgd")),
+    Mutation("methods mgd: kept scaled up", f"{METHODS}/mgd.py", "self.generation(x * kept)", "self.generation(x * kept / (1 - self.drop))", method("feature_methods", "mgd")),
+    Mutation("methods mgd: drops what it should keep", f"{METHODS}/mgd.py", ">= self.drop", "< self.drop", method("feature_methods", "mgd")),
+    Mutation("methods kd2m: labels not gathered", f"{METHODS}/kd2m.py", "self.gather(torch.cat([labels, guesses]))", "torch.cat([labels, guesses])", method("feature_methods", "gathers")),
+    Mutation("methods kd2m: float64 lost", f"{METHODS}/kd2m.py", "torch.promote_types(x.dtype, torch.float32)", "torch.float32", method("feature_methods", "kd2m and w2")),
+    Mutation("methods kd2m: joint cost not normalized", f"{METHODS}/kd2m.py", '{"normalize": True, **o}', "o", method("feature_methods", "joint")),
+    Mutation("methods srrl: connector after pooling", f"{METHODS}/srrl.py", "if self.pools_first else x)", "if True else x)", method("feature_methods", "srrl")),
+    Mutation("methods srrl: maps compared", f"{METHODS}/srrl.py", "teacher.features.to", "teacher.logits.to", method("feature_methods", "srrl")),
+    Mutation("methods simkd: student's classifier", f"{METHODS}/simkd.py", "        weight, bias = network.classifier_as(connected)", "        network = self._student\n        weight, bias = network.classifier_as(connected)", method("shared_head_methods", "ijckd and equal")),
+    Mutation("methods simkd: unused classifier trained", f"{METHODS}/simkd.py", "if id(p) not in unused]", "]", method("shared_head_methods", "simkd")),
+    Mutation("methods shared head: labels of some ignored", f"{METHODS}/simkd.py", "if self.hard_weight and not labelled:", "if False:", method("shared_head_methods", "ijckd")),
+    Mutation("methods ijckd: no logits", f"{METHODS}/ijckd.py", "logit_weight: float = 1.0", "logit_weight: float = 0.0", method("shared_head_methods", "ijckd")),
+    Mutation("methods ijckd: monitor through the student's classifier", f"{METHODS}/ijckd.py", "logits = classify(connected, self._teacher.classifier)", "logits = student.logits", method("shared_head_methods", "monitor")),
+    Mutation("methods atsc: teacher detached", f"{METHODS}/atsc.py", "network(images).map, network, labels", "network(images).map.detach(), network, labels", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: no anchor", f"{METHODS}/atsc.py", "Output(output.loss + anchor, terms", "Output(output.loss, terms", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: anchor holds biases", f"{METHODS}/atsc.py", "min_dim=2", "min_dim=0", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: upkeep of the weight too", f"{METHODS}/atsc.py", 'return biases if self.head_update == "bias" else', "return", method("shared_head_methods", "upkeep")),
+    Mutation("methods atsc: sum over teachers", f"{METHODS}/atsc.py", "torch.stack(losses).mean(),", "torch.stack(losses).sum(),", method("shared_head_methods", "several")),
+    Mutation("methods: teacher in training mode", f"{METHODS}/method.py", "            teacher.eval()\n        return self", "            pass\n        return self", method("methods", "stays")),
+    Mutation("methods: teacher not frozen", f"{METHODS}/method.py", "teacher.requires_grad_(False).eval()", "teacher.eval()", method("methods", "stays")),
+    Mutation("methods: names of the first teacher alone", f"{METHODS}/method.py", 'Network(teacher, "teacher", **self._names)', 'Network(teacher, "teacher", **(self._names if not hasattr(self, "_teacher") else {}))', method("methods", "named")),
+    Mutation("methods: hooks keep a graph", f"{METHODS}/network.py", "        self.kept.clear()\n        return last", "        return last", method("network", "kept")),
+    Mutation("methods: looked at in training mode", f"{METHODS}/network.py", "            module.training = False", "            pass", method("network", "finds")),
+    Mutation("methods: changed logits taken for the classifier's", f"{METHODS}/network.py", "if self.ends_in_classifier is False:", "if False:", method("shared_head_methods", "behind")),
+    Mutation("deployable: no copy", f"{METHODS}/deployable.py", "without_hooks(copy.deepcopy(student))", "without_hooks(student)", method("methods", "deployed")),
+    Mutation("deployable: unused classifier kept", f"{METHODS}/deployable.py", "setattr(self.student.get_submodule(parent), child, nn.Identity())", "None", method("deployable", "cost")),
+    Mutation("deployable: precision of the new student", f"{METHODS}/deployable.py", "value.data = value.data.to(tensors[name].dtype)", "None", method("deployable", "round")),
+    Mutation("deployable: pooled features where the map is unknown", f"{METHODS}/network.py", "if self.has_map is None:\n            raise", "if False:\n            raise", method("deployable", "saw_no")),
 ]  # fmt: skip
 
 

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.methods.connectors import make_connector
-from kdkernels.methods.deployable import Deployable
+from kdkernels.methods.deployable import Deployable, classify
 from kdkernels.methods.method import Output
-from kdkernels.methods.network import Network, Seen
-from kdkernels.methods.simkd import SharedHead, classify
+from kdkernels.methods.network import Seen
+from kdkernels.methods.simkd import SharedHead
 from kdkernels.ops.anchor_penalty import AnchorPenaltyLoss
 
 if TYPE_CHECKING:
@@ -38,15 +37,18 @@ HEAD_UPDATES = ("bias", "full", "none")
 class ATSC(SharedHead):
     """Adaptive teacher, shared classifier.
 
-        output = method(images, labels)                     # step A
-        output.loss.backward(); optimizer.step()            # of parameters_to_train()
-        loss = method.upkeep_loss(images, labels)           # step B
-        loss.backward(); upkeep_optimizer.step()            # of upkeep_parameters(), where there are any
+        optimizer.zero_grad()                               # of parameters_to_train()
+        method(images, labels).loss.backward()              # step A
+        optimizer.step()
+        upkeep_optimizer.zero_grad()                        # of upkeep_parameters(), where there are any
+        method.upkeep_loss(images, labels).backward()       # step B
+        upkeep_optimizer.step()
 
     Both optimizers have the same rate, momentum and weight decay in the authors' code.
     """
 
     uses: tuple[str, ...] = ()
+    learning_teacher = True
 
     def __init__(
         self,
@@ -69,22 +71,12 @@ class ATSC(SharedHead):
             raise ValueError("connector must be a name where there are several teachers, got a module")
         super().__init__(student, teachers[0], connector=connector, factor=factor, **rest)
         self.teachers = nn.ModuleList(teachers)
-        for other in teachers[1:]:
-            self._freeze(other)
-        self._networks = [self._teacher, *(Network(t, "teacher") for t in teachers[1:])]
-        for network in self._networks:
-            if network.classes != self._student.classes:
-                raise ValueError(
-                    f"teacher must have the student's {self._student.classes} classes, got {network.classes}"
-                )
-        more = (make_connector(connector, self._student.width, n.width, factor) for n in self._networks[1:])
+        self._networks = [self._teacher, *(self._take_teacher(t) for t in teachers[1:])]
+        more = (self._make_connector(connector, network, factor) for network in self._networks[1:])
         self.connectors = nn.ModuleList([self.connector, *more])
         self.anchor_weight, self.head_update = anchor_weight, head_update
         self.teacher_training = teacher_training
         self.penalties = nn.ModuleList(AnchorPenaltyLoss(t.parameters(), min_dim=2) for t in teachers)
-
-    def _freeze(self, teacher: nn.Module) -> None:
-        teacher.requires_grad_(True)  # this teacher learns
 
     def frozen(self) -> list[nn.Module]:
         return []
@@ -129,21 +121,28 @@ class ATSC(SharedHead):
         )
 
     def upkeep_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Step B's loss; nothing but the classifiers gets a gradient."""
+        """Step B's loss; nothing but `upkeep_parameters` gets a gradient, and a constant comes where there are none.
+
+        The teachers see all images once more, as their batch norms should; without labels there is nothing to see."""
+        learn = {id(p) for p in self.upkeep_parameters()}
         losses = []
         for network in self._networks:
-            with torch.no_grad():
-                features = network(images[: len(labels)]).features
             head = network.classifier
-            weight = head.weight if self.head_update == "full" else head.weight.detach()
-            logits = torch.nn.functional.linear(features.to(weight.dtype), weight, head.bias)
-            losses.append(self._cross_entropy(logits, labels))
+            features = head.weight.new_empty(0, network.width)
+            if len(labels):
+                with torch.no_grad():
+                    features = network(images).features.to(head.weight.dtype)
+            weight, bias = (
+                p if p is None or id(p) in learn else p.detach() for p in (head.weight, head.bias)
+            )
+            assert weight is not None
+            losses.append(self._cross_entropy(nn.functional.linear(features, weight, bias), labels))
         return torch.stack(losses).mean()
 
     def predict(self, images: Tensor) -> Tensor:
         student = self._student(images)
         logits = [
-            classify(self._connected(student, network, connector), network)
+            classify(self._connected(student, network, connector), network.classifier)
             for network, connector in zip(self._networks, self.connectors)
         ]
         return torch.stack(logits).mean(0)
@@ -153,5 +152,5 @@ class ATSC(SharedHead):
             self.student,
             [(c, n.classifier) for c, n in zip(self.connectors, self._networks)],
             classifier=self._student.classifier_name,
-            map=self._student.map_name,
+            map=self._student.found_map(),
         )

@@ -49,8 +49,10 @@ class Linear(nn.Module):
 CONNECTORS: dict[str, Callable[..., nn.Module]] = {"bottleneck": Bottleneck, "conv": Conv, "linear": Linear}
 
 
-def make_connector(connector: str | nn.Module, inputs: int, outputs: int, factor: int = 2) -> nn.Module:
-    """A connector by its name, or the module that was given."""
+def make_connector(
+    connector: str | nn.Module, inputs: int, outputs: int, factor: int = 2, like: Tensor | None = None
+) -> nn.Module:
+    """A connector by its name, on the device and of the dtype of `like`; or the module that was given, as it is."""
     if isinstance(connector, nn.Module):
         return connector
     if connector not in CONNECTORS:
@@ -58,7 +60,8 @@ def make_connector(connector: str | nn.Module, inputs: int, outputs: int, factor
             f"connector must be an nn.Module or one of {', '.join(CONNECTORS)}, got {connector!r}"
         )
     more = {"factor": factor} if connector == "bottleneck" else {}
-    return CONNECTORS[connector](inputs, outputs, **more)
+    module = CONNECTORS[connector](inputs, outputs, **more)
+    return module if like is None else module.to(like)
 
 
 def name_of(connector: nn.Module) -> str | None:

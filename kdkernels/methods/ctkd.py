@@ -36,8 +36,10 @@ class CTKD(KD):
         super().__init__(student, teacher, soft_weight=soft_weight, hard_weight=hard_weight, **rest)
         if soft not in ("kl", "dkd"):
             raise ValueError(f"soft must be 'kl' or 'dkd', got {soft!r}")
+        if not reversal_epochs > 0:
+            raise ValueError(f"reversal_epochs must be positive, got {reversal_epochs}")
         self.soft, self.alpha, self.beta = soft, alpha, beta
-        self.learned = LearnableTemperature(start, span)
+        self.learned = LearnableTemperature(start, span).to(self._student.classifier.weight.device)
         self.reversal_epochs = reversal_epochs
         self.strength = cosine_reversal(1, reversal_epochs)
 

@@ -52,18 +52,21 @@ class Deployable(nn.Module):
             self.classifier_name = name
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, nn.Identity())
-            if map is not None:
-                self.student.get_submodule(map).register_forward_hook(self._keep)
+            # Without maps, what the classifier would have got.
+            self.student.get_submodule(name if map is None else map).register_forward_hook(self._keep)
 
     def forward(self, images: Tensor) -> Tensor:  # (M, N)
-        self._keep.ask()
-        out = self.student(images)
         if not len(self.connectors):
-            return out
-        seen = self._keep.take()
-        x = out[:, :, None, None] if seen is None else seen[1]
+            return self.student(images)
+        self._keep.ask()
+        try:
+            self.student(images)
+        finally:
+            seen = self._keep.take()
+        assert seen is not None
+        x = seen[1] if self.map_name is not None else seen[1][:, :, None, None]
         logits = [
-            classifier(connector(x).mean((2, 3)))
+            classify(connector(x), classifier)
             for connector, classifier in zip(self.connectors, self.classifiers)
         ]
         return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
@@ -111,6 +114,11 @@ class Deployable(nn.Module):
             temporary.unlink(missing_ok=True)
 
 
+def classify(maps: Tensor, classifier: nn.Module) -> Tensor:  # (M, C, H, W) -> (M, N)
+    """The logits of a classifier behind the mean over space."""
+    return classifier(maps.mean((2, 3)).to(next(classifier.parameters()).dtype))
+
+
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `Deployable.save` was told about the module."""
     return _read(path)[1]["about"]
@@ -129,7 +137,7 @@ def load_deployable(
         connectors: new connectors, where the method had some of the user's own.
 
     Raises:
-        ValueError: no such file, or of another student.
+        ValueError: no such file, a damaged one, or one of another student.
     """
     tensors, structure = _read(path)
     paths: list[tuple[nn.Module, nn.Linear]] = []
@@ -140,13 +148,26 @@ def load_deployable(
             raise ValueError(f"{path} has a connector of the user's own: give a new one in connectors=")
         connector = own.pop(0) if kind is None else make_connector(kind, **spec)
         paths.append((connector, nn.Linear(inputs, outputs, bias=bias)))
+    modules = dict(student.named_modules())
+    for name in (structure["classifier"], structure["map"]):
+        if paths and name is not None and name not in modules:
+            raise ValueError(f"{path} is of another student: it has {name}")
     module = Deployable(student, paths, classifier=structure["classifier"], map=structure["map"])
-    fit(module, tensors, f"{path} is of another student")
+    check_fit(module, tensors, f"{path} is of another student")
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        value.data = value.data.to(tensors[name].dtype)  # the file's precision, not the new student's
+    module.load_state_dict(tensors)
     return module.eval()
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
     """Load a state dict, or say in one line what does not fit; then nothing was loaded."""
+    check_fit(module, tensors, complaint)
+    module.load_state_dict(tensors)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
+    """Say in one line what of a state dict does not fit a module."""
     have = module.state_dict()
     missing, more = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
     wrong = [name for name in have if name in tensors and have[name].shape != tensors[name].shape]
@@ -159,7 +180,6 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> Non
             else f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, not {tuple(have[wrong[0]].shape)}"
         )
         raise ValueError(f"{complaint}: {what}")
-    module.load_state_dict(tensors)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,4 +200,4 @@ def _safetensors(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ImportError("shipped modules are safetensors files: pip install 'kdkernels[train]'") from None
+        raise ImportError("shipped modules are safetensors files: pip install 'kdkernels[methods]'") from None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kdkernels
 from kdkernels.methods.method import Method, Output
-from kdkernels.methods.network import Network, Seen
+from kdkernels.methods.network import Seen
 
 
 class DGKD(Method):
@@ -42,14 +42,7 @@ class DGKD(Method):
         if drop < 0 or (drop >= len(teachers) and len(teachers) > 1):
             raise ValueError(f"drop must leave one of the {len(teachers)} teachers at least, got {drop}")
         self.teachers = nn.ModuleList(teachers)
-        for teacher in teachers[1:]:
-            self._freeze(teacher)
-        self._networks = [self._teacher, *(Network(t, "teacher") for t in teachers[1:])]
-        for network in self._networks:
-            if network.classes != self._student.classes:
-                raise ValueError(
-                    f"teachers must have the student's {self._student.classes} classes, got {network.classes}"
-                )
+        self._networks = [self._teacher, *(self._take_teacher(t) for t in teachers[1:])]
         self.temperature, self.soft_weight = temperature, soft_weight
         self.drop = drop if len(teachers) > 1 else 0
         self.element_mean, self.generator = element_mean, generator
@@ -68,8 +61,19 @@ class DGKD(Method):
 
     def look_at_teachers(self, images: Tensor) -> list[Tensor]:
         """Every teacher's logits, (M, N) each."""
+        return self._look_at(images, range(len(self._networks)))
+
+    def _look_at(self, images: Tensor, numbers: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
-            return [network(images).logits for network in self._networks]
+            return [self._networks[number](images).logits for number in numbers]
+
+    @torch.compiler.disable
+    def _kept(self) -> list[int]:
+        """The teachers of a batch."""
+        numbers = range(len(self._networks))
+        if not (self.training and self.drop):
+            return list(numbers)
+        return sorted(torch.randperm(len(numbers), generator=self.generator)[self.drop :].tolist())
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher: Seen | Sequence[Tensor] | None = None
@@ -77,16 +81,17 @@ class DGKD(Method):
         """`teacher`: what `look_at_teachers` gave for these images, if it is known already."""
         if isinstance(teacher, Seen):
             raise TypeError("teacher must be the logits of all teachers (look_at_teachers), got those of one")
-        all_logits = self.look_at_teachers(images) if teacher is None else list(teacher)
+        if teacher is not None and len(teacher) != len(self._networks):
+            raise ValueError(
+                f"teacher must be the logits of all {len(self._networks)} teachers, got {len(teacher)}"
+            )
+        kept = self._kept()
+        of_kept = self._look_at(images, kept) if teacher is None else [teacher[number] for number in kept]
         logits = self.student(images)
-        kept = torch.ones(len(all_logits), dtype=torch.bool)
-        if self.training and self.drop:
-            kept[torch.randperm(len(all_logits), generator=self.generator)[: self.drop]] = False
         soft = kdkernels.multi_teacher_kl_div(
             logits,
-            [x.to(logits.dtype) for x in all_logits],
+            [x.to(logits.dtype) for x in of_kept],
             temperatures=self.temperature,
-            teacher_mask=kept.to(logits.device),
             backend=self.backend,
         )
         assert isinstance(soft, Tensor)

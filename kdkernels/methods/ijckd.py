@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels
+from kdkernels.methods.deployable import classify
 from kdkernels.methods.simkd import SharedHead
 
 
@@ -45,15 +46,16 @@ class IJCKD(SharedHead):
         )
 
     def monitor(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """The teacher's cross-entropy, the student's through the same classifier, and the features' distance: a proxy
-        of the bound's pieces."""
+        """The teacher's cross-entropy, the student's through the same classifier, and the pooled features' mean squared
+        difference: a proxy of the bound's pieces. In evaluation mode, or batch norms learn from these images."""
         with torch.no_grad():
             student, teacher = self._student(images), self._teacher(images)
             connected = self._connected(student, self._teacher, self.connector)
-            own = self._shared(connected, teacher.map, self._teacher, labels)
-            *_, distance = kdkernels.pool_mse(connected.mean((2, 3)), teacher.map.mean((2, 3)))
+            x, y = (z.mean((2, 3)).to(connected.dtype) for z in (connected, teacher.map))
+            *_, distance = kdkernels.pool_mse(x, y, backend=self.backend)
+            logits = classify(connected, self._teacher.classifier)
             return {
                 "bound_proxy/teacher_ce": float(self._cross_entropy(teacher.logits, labels)),
-                "bound_proxy/student_ce": float(self._cross_entropy(own.logits, labels)),
+                "bound_proxy/student_ce": float(self._cross_entropy(logits, labels)),
                 "bound_proxy/feature_mse": float(distance.mean()),
             }

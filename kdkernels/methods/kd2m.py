@@ -2,7 +2,8 @@
 penultimate features in the student, X, and in the teacher, Y.
 
 The metrics, by name: see METRICS. The class-conditional ones are sums over the classes in the batch, as in the
-authors' code; an image without a label counts for the class the teacher gives it. Where the two networks' features
+authors' code; an image without a label counts for the class the teacher gives it. The joint one divides the features'
+costs by their greatest, as they do. Where the two networks' features
 differ in number, a linear projector (trained along) takes the student's to the teacher's.
 
 If the loss behind the head is L-Lipschitz in the features, |R_S − R_T| ≤ L W₁(P_S, P_T) ≤ L W₂(P_S, P_T): a standard
@@ -37,7 +38,9 @@ Metric = Callable[..., Tensor]
 METRICS: dict[str, Metric] = {
     "w2": lambda b, **o: kdkernels.wasserstein(b.x, b.y, **o),
     "conditional-w2": lambda b, **o: kdkernels.wasserstein(b.x, b.y, labels=b.labels, **o),
-    "joint-w2": lambda b, **o: kdkernels.joint_wasserstein(b.x, b.y, b.x_logits, b.y_logits, **o),
+    "joint-w2": lambda b, **o: kdkernels.joint_wasserstein(
+        b.x, b.y, b.x_logits, b.y_logits, **{"normalize": True, **o}
+    ),
     "gaussian-w2": lambda b, **o: kdkernels.gaussian_wasserstein(b.x, b.y, **o),
     "conditional-gaussian-w2": lambda b, **o: kdkernels.gaussian_wasserstein(b.x, b.y, labels=b.labels, **o),
     "bures": lambda b, **o: kdkernels.gaussian_wasserstein(b.x, b.y, covariance="full", **o),
@@ -75,6 +78,7 @@ class KD2M(Method):
         same = self._student.width == self._teacher.width or metric in ANY_WIDTH
         if projector is None:
             projector = nn.Identity() if same else nn.Linear(self._student.width, self._teacher.width)
+            projector.to(self._student.classifier.weight)
         self.projector = projector
 
     def parameters_to_train(self) -> list[nn.Parameter]:
@@ -84,12 +88,15 @@ class KD2M(Method):
         teacher = self.look_at_teacher(images) if teacher is None else teacher
         student = self._student(images)
         guesses = teacher.logits[len(labels) :].argmax(1)
+        x = self.projector(student.features)
+        # Half precision is for features, not for distances.
+        dtype = torch.promote_types(x.dtype, torch.float32)
         batch = Batch(
-            self.gather(self.projector(student.features).float()),
-            self.gather(teacher.features.float()),
+            self.gather(x.to(dtype)),
+            self.gather(teacher.features.to(dtype)),
             self.gather(torch.cat([labels, guesses])),
-            self.gather(student.logits.float()),
-            self.gather(teacher.logits.float()),
+            self.gather(student.logits.to(dtype)),
+            self.gather(teacher.logits.to(dtype)),
         )
         distance = METRICS[self.metric](batch, backend=self.backend, **self.metric_options)
         terms = {

@@ -12,6 +12,7 @@ After `student_masks_after` steps the masks are multiplied by those of the stude
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,12 +39,16 @@ class MaskTokens(nn.Module):
         )
 
     def masks(self, x: Tensor) -> Tensor:  # (M, C, H, W) -> (M, T, H, W)
-        return torch.einsum("tc,mchw->mthw", self.tokens.to(x.dtype), x).sigmoid()
+        return torch.einsum("tc,mchw->mthw", self.tokens, self._cast(x)).sigmoid()
 
     def weights(self, x: Tensor) -> Tensor:  # (M, C, H, W) -> (M, T), adding up to 1
-        return self.weigh(x).softmax(1)
+        return self.weigh(self._cast(x)).softmax(1)
 
-    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _cast(self, x: Tensor) -> Tensor:
+        """In the tokens' dtype, unless autocast sees to that."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.tokens.dtype)
+
+    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (M, C, H, W) -> itself, (M, T, H, W)
         """F' and the masks."""
         masks = self.masks(x)
         return x * torch.einsum("mt,mthw->mhw", self.weights(x), masks)[:, None], masks
@@ -88,8 +93,10 @@ class MasKD(Method):
         self.mask_steps, self.mask_learning_rate = mask_steps, mask_learning_rate
         self.student_masks_after = student_masks_after
         ours, theirs = self._student.width, self._teacher.width
+        like = self._student.classifier.weight
         self.align = nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1)
-        self.tokens = MaskTokens(theirs, tokens)
+        self.align.to(like)
+        self.tokens = MaskTokens(theirs, tokens).to(like)
         self.steps, self.prepared = 0, False
 
     def parameters_to_train(self) -> list[nn.Parameter]:
@@ -98,40 +105,49 @@ class MasKD(Method):
 
     def mask_loss(self, images: Tensor, labels: Tensor) -> Output:
         """Stage 1's loss, for the parameters of `tokens`."""
-        self.look_at_teacher(images[:2]) if self._teacher.has_map is None else None
-        if not self._teacher.has_map:
+        if not self._teacher.looked:
+            self._teacher.look(images)
+        if self._teacher.map_name is None:
             raise ValueError("teacher must have maps (M, C, H, W) for masks, got one without")
-        seen: list[Tensor] = []
+        calls = 0
+        masks = None
 
         def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            masked, masks = self.tokens.masked(output.detach())
-            seen.append(masks)
-            return masked
+            nonlocal calls, masks
+            calls += 1
+            if calls < self._teacher.map_calls:  # a module of several uses, of which the map is the last
+                return output
+            masked, masks = self.tokens.masked(self._teacher.of_width(output.detach()))
+            return masked.to(output.dtype)
 
-        assert self._teacher.map_name is not None
         handle = self.teacher.get_submodule(self._teacher.map_name).register_forward_hook(replace)
         try:
             logits = self.teacher(images)
         finally:
             handle.remove()
+        assert masks is not None
         terms = {
             "hard": self._cross_entropy(logits, labels),
-            "likeness": self.diversity_weight * likeness(seen[-1]),
+            "likeness": self.diversity_weight * likeness(masks),
         }
         return self._output(terms, logits)
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Stage 1: learn the masks on at most `mask_steps` batches of images and labels (SGD, rate falling to 1e-6
-        along a cosine), and freeze them."""
+        along a cosine), and freeze them. Raises ValueError where there is no batch."""
+        self.tokens.requires_grad_(True)
         optimizer = torch.optim.SGD(self.tokens.parameters(), self.mask_learning_rate, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.mask_steps, 1e-6)
-        for step, (images, labels) in enumerate(batches):
-            if step == self.mask_steps:
-                break
+        steps = 0
+        for images, labels in itertools.islice(batches, self.mask_steps):
             optimizer.zero_grad()
             self.mask_loss(images, labels).loss.backward()
             optimizer.step()
             schedule.step()
+            steps += 1
+        if not steps:
+            raise ValueError("batches must hold one batch of images and labels at least, got none")
+        optimizer.zero_grad()
         self._freeze_masks()
 
     def _freeze_masks(self) -> None:
@@ -151,13 +167,14 @@ class MasKD(Method):
             raise RuntimeError("the masks are not learned yet: call prepare(batches) first")
         teacher = self.look_at_teacher(images) if teacher is None else teacher
         student = self._student(images)
-        x, y = at_one_size(self.align(student.map), teacher.map)
-        x = x.to(y.dtype)
+        x = self.align(self._student.of_width(student.map))
+        x, y = at_one_size(x, self._teacher.of_width(teacher.map))
+        y = y.to(x.dtype)
         with torch.no_grad():
             masks, weights = self.tokens.masks(y), self.tokens.weights(y)
             if self.student_masks_after is not None and self.steps >= self.student_masks_after:
                 masks = masks * self.tokens.masks(x)
-            if self.training:
+            if self.training and self.student_masks_after is not None:
                 self.steps += 1
         terms = {
             "hard": self.hard_weight * self._cross_entropy(student.logits, labels),

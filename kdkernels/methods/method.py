@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels
+from kdkernels.methods.connectors import make_connector
 from kdkernels.methods.deployable import Deployable
 from kdkernels.methods.network import Network, Seen
 
@@ -36,7 +37,10 @@ class Output(NamedTuple):
 
 
 class Method(nn.Module):
-    """The base of all methods. The models are not changed; the teacher is frozen (its parameters require no gradient,
+    """The base of all methods. Raises, in one line, ValueError of options that it does not know, of class counts that
+    differ and of maps that do not fit, TypeError of what is no model.
+
+    The models are not changed; the teacher is frozen (its parameters require no gradient,
     and it stays in evaluation mode) by every method that does not train it.
 
     Called with images (M, …) and labels (L,), L ≤ M: the first L images have those labels, the others have none and
@@ -45,6 +49,8 @@ class Method(nn.Module):
 
     #: Which of the teacher's outputs a step uses: these a caller may keep and hand in again.
     uses: tuple[str, ...] = ("logits",)
+    #: Whether the teacher is trained too.
+    learning_teacher = False
 
     def __init__(
         self,
@@ -59,19 +65,24 @@ class Method(nn.Module):
     ) -> None:
         super().__init__()
         self._student = Network(student, "student", student_classifier, student_map)
-        self._teacher = Network(teacher, "teacher", teacher_classifier, teacher_map)
-        if self._student.classes != self._teacher.classes:
-            raise ValueError(
-                f"student must have the teacher's {self._teacher.classes} classes, got {self._student.classes}"
-            )
+        self._names = {"classifier": teacher_classifier, "map": teacher_map}  # the same in every teacher
+        self._teacher = self._take_teacher(teacher)
         self.student, self.teacher = student, teacher
         self.backend = backend
         #: Makes one batch of all processes' features; one process has them all already.
         self.gather: Callable[[Tensor], Tensor] = lambda x: x
-        self._freeze(teacher)
 
-    def _freeze(self, teacher: nn.Module) -> None:
-        teacher.requires_grad_(False).eval()
+    def _take_teacher(self, teacher: nn.Module) -> Network:
+        network = Network(teacher, "teacher", **self._names)
+        if self._student.classes != network.classes:
+            raise ValueError(
+                f"student must have the teacher's {network.classes} classes, got {self._student.classes}"
+            )
+        if self.learning_teacher:
+            teacher.requires_grad_(True)
+        else:
+            teacher.requires_grad_(False).eval()
+        return network
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but a frozen teacher."""
@@ -111,6 +122,11 @@ class Method(nn.Module):
     def monitor(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What a method wants logged each epoch beside its loss, on images that it does not train on."""
         return {}
+
+    def _make_connector(self, connector: str | nn.Module, network: Network, factor: int = 2) -> nn.Module:
+        """From the student's last map to that of a teacher."""
+        like = self._student.classifier.weight
+        return make_connector(connector, self._student.width, network.width, factor, like)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of the rows that have a label; 0 where none has."""

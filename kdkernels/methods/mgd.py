@@ -48,11 +48,12 @@ class MGD(Method):
         self.random = generator
         ours, theirs = self._student.width, self._teacher.width
         self.align = nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1)
+        self.align.to(self._student.classifier.weight)
         self.generation = nn.Sequential(
             nn.Conv2d(theirs, theirs, 3, padding=1),
             nn.ReLU(inplace=True),
             nn.Conv2d(theirs, theirs, 3, padding=1),
-        )
+        ).to(self._student.classifier.weight)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         return [*super().parameters_to_train(), *self.align.parameters(), *self.generation.parameters()]
@@ -60,26 +61,24 @@ class MGD(Method):
     def forward(self, images: Tensor, labels: Tensor, teacher: Seen | None = None) -> Output:
         teacher = self.look_at_teacher(images) if teacher is None else teacher
         student = self._student(images)
-        x, y = at_one_size(self.align(student.map), teacher.map)
+        x = self.align(self._student.of_width(student.map))
+        x, y = at_one_size(x, self._teacher.of_width(teacher.map))
         count, channels, height, width = x.shape
         shape = (count, channels, 1, 1) if self.mask == "channels" else (count, 1, height, width)
         # Drawn on the CPU, so that a seed means the same masks on every device.
         kept = (torch.rand(shape, generator=self.random) >= self.drop).to(x)
-        made = self.generation(x * kept).to(y.dtype)
-        *_, mse = kdkernels.pool_mse(made, y, backend=self.backend)  # means over a map's elements
+        made = self.generation(x * kept)
+        # Means over a map's elements.
+        *_, mse = kdkernels.pool_mse(made, y.to(made.dtype), backend=self.backend)
         terms = {
             "hard": self.hard_weight * self._cross_entropy(student.logits, labels),
-            "generation": self.weight * y[0].numel() * mse.mean(),
+            "generation": self.weight * y.shape[1:].numel() * mse.mean(),
         }
         return self._output(terms, student.logits)
 
 
 def at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:  # (M, C, H, W) both
     """Both maps at the smaller of their sizes: the larger is averaged to it (SimKD's rule)."""
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student's map must have the teacher's {teacher.shape[1]} channels, got {tuple(student.shape)}"
-        )
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     pool = cast(Any, nn.functional.adaptive_avg_pool2d)

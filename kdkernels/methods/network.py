@@ -1,7 +1,8 @@
 """What a method sees of a model without changing it: its logits, what goes into its classifier, its last map.
 
 Two forward hooks do it. The classifier is the model's last `nn.Linear` unless it is named; the last map is the output
-of the last module before it that is 4-dimensional, preferably one whose mean over space is what the classifier gets.
+of the last module before it that is 4-dimensional, preferably one whose mean over space is what the classifier gets. A
+look at two images, before the first call, tells which.
 """
 
 from __future__ import annotations
@@ -14,17 +15,12 @@ from torch import Tensor, nn
 
 
 class Seen(NamedTuple):
-    """What one forward pass of a model showed."""
+    """What one forward pass of a model showed. One that a caller kept may have None for what the method's `uses` does
+    not name."""
 
     logits: Tensor  # (M, N)
     features: Tensor  # (M, D): what the classifier got
     map: Tensor  # (M, C, H, W): the last map; of a model without maps its features, as (M, D, 1, 1)
-
-    def detached(self) -> Seen:
-        return Seen(*(x.detach() for x in self))
-
-    def of(self, dtype: torch.dtype) -> Seen:
-        return Seen(*(x.to(dtype) for x in self))
 
 
 class Keep:
@@ -85,6 +81,10 @@ class Network:
         self.classifier_name, self.classifier = find_classifier(model, role, classifier)
         self.map_name = check_map(model, role, map)
         self.has_map: bool | None = None if map is None else True  # None: not looked for yet
+        self.map_calls = 1  # how often a forward pass calls the map's module; the last call makes the map
+        self.looked = False
+        #: Whether the model's output is its classifier's, with nothing behind it. None: not looked yet.
+        self.ends_in_classifier: bool | None = None
         self._at_classifier, self._at_map = Keep(), Keep()
         self.classifier.register_forward_hook(self._at_classifier)
         if self.map_name is not None:
@@ -100,13 +100,14 @@ class Network:
         return self.classifier.out_features
 
     def __call__(self, images: Tensor) -> Seen:
-        return self._look(images) if self.has_map is None else self._run(images)
-
-    def _run(self, images: Tensor) -> Seen:
+        if not self.looked:
+            self.look(images)
         self._at_classifier.ask()
         self._at_map.ask()
-        logits = self.model(images)
-        at_classifier, at_map = self._at_classifier.take(), self._at_map.take()
+        try:
+            logits = self.model(images)
+        finally:  # whatever happens, nothing is kept from one call to the next
+            at_classifier, at_map = self._at_classifier.take(), self._at_map.take()
         if at_classifier is None:
             raise ValueError(
                 f"{self.role}_classifier {self.classifier_name!r} is not used by the {self.role}"
@@ -119,37 +120,81 @@ class Network:
             raise ValueError(f"{self.role}_map {self.map_name!r} must give (M, C, H, W), got {got}")
         return Seen(logits, features, at_map[1])
 
-    def _look(self, images: Tensor) -> Seen:
-        """The first pass: finds the last map, and that the classifier is what it was taken for."""
+    @torch.compiler.disable
+    def look(self, images: Tensor) -> None:
+        """Find the last map, and check that the classifier is what it was taken for: once, on two images, in evaluation
+        mode, so that no dropout stands between a map and its mean."""
         maps: list[tuple[str, Tensor]] = []
-        classified: list[Any] = []
-        handles = []
-        for name, module in self.model.named_modules():
-            if name and module is not self.classifier:
-                handles.append(module.register_forward_hook(_record(name, maps, classified)))
-        handles.append(self.classifier.register_forward_hook(lambda _, __, output: classified.append(output)))
-        self._at_classifier.ask()
+        classified: list[tuple[Any, Any]] = []
+        handles = [
+            module.register_forward_hook(_record(name, maps, classified))
+            for name, module in self.model.named_modules()
+            if name and module is not self.classifier
+        ]
+        handles.append(
+            self.classifier.register_forward_hook(lambda _, inputs, out: classified.append((inputs[0], out)))
+        )
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:  # the flag alone: more that a model's own eval() does could not be undone
+            module.training = False
         try:
-            logits = self.model(images)
+            with torch.no_grad():
+                logits = self.model(images[:2])
         finally:
             for handle in handles:
                 handle.remove()
-        at_classifier = self._at_classifier.take()
-        if at_classifier is None or not isinstance(logits, Tensor) or logits.shape != classified[-1].shape:
+            for module in training:
+                module.training = True
+        features: Any
+        features, output = classified[-1] if classified else (None, None)
+        if output is None or not isinstance(logits, Tensor) or logits.shape != output.shape:
             raise ValueError(
                 f"{self.role}_classifier must name the nn.Linear whose output is the {self.role}'s: "
-                f"{self.classifier_name!r} gives {_shape(classified[-1]) if classified else 'nothing'}, the "
+                f"{self.classifier_name!r} gives {'nothing' if output is None else _shape(output)}, the "
                 f"{self.role} {_shape(logits)}"
             )
-        features = at_classifier[0]
         if features.dim() != 2:
             raise ValueError(f"{self.role}'s classifier must take features (M, D), got {_shape(features)}")
-        self.map_name = _last_map(maps, features)
-        self.has_map = self.map_name is not None
-        if self.map_name is None:
-            return Seen(logits, features, features[:, :, None, None])
-        self.model.get_submodule(self.map_name).register_forward_hook(self._at_map)
-        return Seen(logits, features, next(x for name, x in reversed(maps) if name == self.map_name))
+        self.ends_in_classifier = logits is output or torch.equal(logits, output)
+        if self.has_map is None:
+            self.map_name = _last_map(maps, features)
+            self.has_map = self.map_name is not None
+            if self.map_name is not None:
+                self.model.get_submodule(self.map_name).register_forward_hook(self._at_map)
+        self.map_calls = sum(name == self.map_name for name, _ in maps)
+        self.looked = True
+
+    def classifier_as(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # (N, D), (N,)
+        """The classifier's weight and bias in the dtype of what goes into it, unless autocast sees to that."""
+        weight, bias = self.classifier.weight, self.classifier.bias
+        if torch.is_autocast_enabled(x.device.type):
+            return weight, bias
+        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+    def found_map(self) -> str | None:
+        """The last map's name, which is known once the model was looked at."""
+        if self.has_map is None:
+            raise RuntimeError(
+                f"{self.role}'s last map is not known yet: call the method on images first, or give {self.role}_map"
+            )
+        return self.map_name
+
+    def of_width(self, x: Tensor) -> Tensor:  # (M, C, H, W)
+        """The map, if its channels are what the classifier takes."""
+        if x.shape[1] != self.width:
+            raise ValueError(
+                f"{self.role}'s last map must have the {self.width} channels that its classifier takes, got "
+                f"{tuple(x.shape)} from {self.map_name!r}: name another with {self.role}_map"
+            )
+        return x
+
+    def check_end(self) -> None:
+        """That the classifier alone makes the logits of the features, for a method that puts others into it."""
+        if self.ends_in_classifier is False:
+            raise ValueError(
+                f"{self.role}'s output must be that of its classifier {self.classifier_name!r}, got one that is "
+                "changed behind it"
+            )
 
 
 def without_hooks(model: nn.Module) -> nn.Module:
@@ -172,16 +217,14 @@ def _record(
 
 
 def _last_map(maps: list[tuple[str, Tensor]], features: Tensor) -> str | None:
-    spread = [(name, x) for name, x in maps if x.shape[2] * x.shape[3] > 1]
-    for name, x in reversed(spread):
-        if x.shape[:2] == features.shape:
-            with torch.no_grad():
-                mean = x.float().mean((2, 3))
-                if torch.allclose(mean, features.float(), rtol=1e-2, atol=1e-3):
-                    return name
-    if spread:
-        return spread[-1][0]
-    return maps[-1][0] if maps else None
+    """Of the maps in the order in which they were made: the last whose mean over space the features are, one that is
+    spread over space before one of a single place; or else the last that has the features' width; or else the last."""
+    backwards = sorted(reversed(maps), key=lambda named: named[1].shape[2:].numel() == 1)
+    wide = [(name, x) for name, x in backwards if x.shape[:2] == features.shape]
+    for name, x in wide:
+        if torch.allclose(x.float().mean((2, 3)), features.float(), rtol=1e-2, atol=1e-3):
+            return name
+    return next((name for name, _ in (*wide, *backwards)), None)
 
 
 def _shape(value: Any) -> str:

@@ -5,13 +5,15 @@ teachers. When to switch is not known from the paper: here the epochs are divide
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdkernels.methods.deployable import fit
+from kdkernels.methods.deployable import check_fit
 from kdkernels.methods.kd import KD
 
 Anchor = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -22,6 +24,8 @@ class RCO(KD):
 
     ``epochs`` gives, for each anchor, the epoch (from 1) at which it takes over. The models' weights change with it:
     what is kept of a teacher's outputs is good for one anchor only.
+
+    Raises ValueError of an anchor that is missing, damaged or another model's; the teacher is then as it was.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class RCO(KD):
             )
         self.anchors, self.epochs = list(anchors), epochs
         self.current: int | None = None
+        for number in range(len(self.anchors)):
+            self._read(number)  # what does not fit shows now, not epochs later
 
     def anchor_of(self, epoch: int, epochs: int) -> int:
         """Which anchor teaches in an epoch."""
@@ -55,8 +61,21 @@ class RCO(KD):
         number = self.anchor_of(epoch, epochs)
         if number == self.current:
             return
-        anchor = self.anchors[number]
-        if not isinstance(anchor, Mapping):
-            anchor = torch.load(anchor, map_location="cpu", weights_only=True)
-        fit(self.teacher, anchor, f"anchor {number} is not of this teacher")
+        self.teacher.load_state_dict(self._read(number))
         self.current = number
+
+    def _read(self, number: int) -> Mapping[str, Tensor]:
+        """An anchor that fits the teacher."""
+        anchor, name = self.anchors[number], f"anchor {number}"
+        if not isinstance(anchor, Mapping):
+            name = f"{name}, {anchor},"
+            if not Path(anchor).is_file():
+                raise ValueError(f"{name} is no file")
+            try:
+                anchor = torch.load(anchor, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+                raise ValueError(f"{name} is damaged or no file of torch.save") from None
+            if not isinstance(anchor, Mapping):
+                raise ValueError(f"{name} must hold a state dict, got {type(anchor).__name__}")
+        check_fit(self.teacher, anchor, f"{name} is not of this teacher")
+        return anchor

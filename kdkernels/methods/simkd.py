@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kdkernels
-from kdkernels.methods.connectors import make_connector
-from kdkernels.methods.deployable import Deployable
+from kdkernels.methods.deployable import Deployable, classify
 from kdkernels.methods.method import Method, Output
 from kdkernels.methods.network import Network, Seen
 
@@ -42,7 +41,7 @@ class SharedHead(Method):
         **rest: Any,
     ) -> None:
         super().__init__(student, teacher, **rest)
-        self.connector = make_connector(connector, self._student.width, self._teacher.width, factor)
+        self.connector = self._make_connector(connector, self._teacher, factor)
         self.feature_weight, self.logit_weight = feature_weight, logit_weight
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
 
@@ -55,8 +54,7 @@ class SharedHead(Method):
         return [p for p in self.student.parameters() if id(p) not in unused]
 
     def _connected(self, student: Seen, network: Network, connector: nn.Module) -> Tensor:  # (M, C_T, H, W)
-        x = _of_width(student.map, self._student)
-        y = connector(x)
+        y = connector(self._student.of_width(student.map))
         if y.dim() != 4 or y.shape[1] != network.width:
             raise ValueError(
                 f"connector must give the teacher's (M, {network.width}, H, W), got {tuple(y.shape)}"
@@ -75,11 +73,12 @@ class SharedHead(Method):
         network: Network,
         labels: Tensor,  # (L,)
     ) -> Output:
-        weight, bias = network.classifier.weight, network.classifier.bias
+        network.check_end()
+        weight, bias = network.classifier_as(connected)
         labelled = len(labels) == len(connected)
         loss, parts = kdkernels.shared_classifier_loss(
-            connected.to(weight.dtype),
-            _of_width(target, network).to(weight.dtype),
+            connected,
+            network.of_width(target).to(connected.dtype),
             weight,
             bias,
             labels if labelled and self.hard_weight else None,
@@ -99,40 +98,25 @@ class SharedHead(Method):
         }
         terms = {name: parts[name] for name, used in weights.items() if used}
         if self.hard_weight and not labelled:
-            own = classify(connected[: len(labels)], network)
+            own = classify(connected[: len(labels)], network.classifier)
             hard = self.hard_weight * self._cross_entropy(own, labels)
             loss, terms["hard"] = loss + hard, hard.detach()
         with torch.no_grad():
-            logits = classify(connected, network)
+            logits = classify(connected, network.classifier)
         return Output(loss, terms, logits)
 
     def predict(self, images: Tensor) -> Tensor:
         connected = self._connected(self._student(images), self._teacher, self.connector)
-        return classify(connected, self._teacher)
+        return classify(connected, self._teacher.classifier)
 
     def deployable(self) -> Deployable:
         return Deployable(
             self.student,
             [(self.connector, self._teacher.classifier)],
             classifier=self._student.classifier_name,
-            map=self._student.map_name,
+            map=self._student.found_map(),
         )
 
 
 class SimKD(SharedHead):
     """SimKD: the features alone."""
-
-
-def classify(connected: Tensor, network: Network) -> Tensor:  # (M, C_T, H, W) -> (M, N)
-    """The logits of a classifier behind the mean over space."""
-    return network.classifier(connected.mean((2, 3)).to(network.classifier.weight.dtype))
-
-
-def _of_width(x: Tensor, network: Network) -> Tensor:
-    """The map, if its channels are what the classifier takes."""
-    if x.shape[1] != network.width:
-        raise ValueError(
-            f"{network.role}'s last map must have the {network.width} channels that its classifier takes, got "
-            f"{tuple(x.shape)} from {network.map_name!r}: name another with {network.role}_map"
-        )
-    return x

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import kdkernels
-from kdkernels.methods.connectors import make_connector
 from kdkernels.methods.kd import KD
 from kdkernels.methods.method import Output
 from kdkernels.methods.network import Seen
@@ -67,7 +66,7 @@ class SRRL(KD):
         super().__init__(student, teacher, temperature=temperature, **weights, **rest)
         self.feature_weight = feature_weight
         self.pools_first = variant in ("simkd", "ctkd")
-        self.connector = make_connector(connector, self._student.width, self._teacher.width, factor)
+        self.connector = self._make_connector(connector, self._teacher, factor)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
         return [*super().parameters_to_train(), *self.connector.parameters()]
@@ -75,13 +74,15 @@ class SRRL(KD):
     def forward(self, images: Tensor, labels: Tensor, teacher: Seen | None = None) -> Output:
         teacher = self.look_at_teacher(images) if teacher is None else teacher
         student = self._student(images)
-        x = student.map.mean((2, 3), keepdim=True) if self.pools_first else student.map
-        head = self._teacher.classifier
+        self._teacher.check_end()
+        x = self._student.of_width(student.map)
+        x = self.connector(x.mean((2, 3), keepdim=True) if self.pools_first else x)
+        weight, bias = self._teacher.classifier_as(x)
         loss, parts = kdkernels.shared_classifier_loss(
-            self.connector(x).to(head.weight.dtype),
-            teacher.features.to(head.weight.dtype),
-            head.weight,
-            head.bias,
+            x,
+            teacher.features.to(x.dtype),
+            weight,
+            bias,
             hard_weight=0.0,
             logit_mse_weight=self.regression_weight,
             feature_mse_weight=self.feature_weight,

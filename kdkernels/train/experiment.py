@@ -313,6 +313,8 @@ class _Experiment:
         begin = 1
         if state is not None:
             fit.restore(state["fit"])
+            with torch.no_grad():  # what is shipped needs the last map's name, which a first pass finds
+                learner.eval().predict(take(self.data, "train", training.labelled[:2])[0])
             best, weights, begin = state["best"], state["weights"], state["epoch"] + 1
         advance = report.begin(training, begin)
         for number in range(begin, training.optimisation.epochs + 1):
