@@ -76,6 +76,25 @@ def test_every_method_runs_and_ships_what_was_scored(method, tmp_path):
         ]
 
 
+def test_several_teachers_adapt_each(tmp_path):
+    folder = digits(
+        tmp_path,
+        "two",
+        "--method",
+        "atsc",
+        "--teacher",
+        "cnn-16-32-64,cnn-8-16-32",
+        *MAPS[2:],
+        *SHORT,
+        "--no-alone",
+    )
+    summary = summary_of(folder)
+    assert [m["model"] for m in metrics_of(folder)][:4] == ["teacher"] * 2 + ["teacher_2"] * 2
+    assert 0 <= summary["teacher_2_accuracy"] <= 100
+    shipped = load(folder / "student.safetensors")
+    assert [head.in_features for head in shipped.classifiers] == [64, 32]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_runs(metric, tmp_path):
     folder = digits(tmp_path, "m", "--method", "kd2m", "--metric", metric, *SHORT, "--no-alone", "--no-pool")
@@ -324,6 +343,8 @@ def test_every_recipe_can_be_begun(name, tmp_path, monkeypatch):
         (["--method", "kd2m", "--metric", "w3"], ["--metric", "'w3'", "gaussian-w2"]),
         (["--teacher", "resnet9"], ["--teacher", "'resnet9'"]),
         (["--student", "x"], ["--student", "'x'"]),
+        (["--teacher", "mlp-16,mlp-16"], ["--teacher", "atsc"]),
+        (["--method", "rco", "--teacher-checkpoint", "x.pt"], ["--teacher-checkpoint", "anchors"]),
         (["--assistants", "mlp-16"], ["--assistants", "takd"]),
         (["--method", "mgd", "--temperature", "2"], ["--temperature", "mgd"]),
         (["-o", "beta=1"], ["--option", "'beta'", "temperature"]),

@@ -35,7 +35,7 @@ from kdkernels.methods import METHODS, METRICS
 from kdkernels.train import compare as comparison
 from kdkernels.train import data as datasets
 from kdkernels.train import models, recipes
-from kdkernels.train.experiment import CHAINS, Config, accepted, run
+from kdkernels.train.experiment import CHAINS, OF_CHECKPOINTS, Config, accepted, run
 from kdkernels.train.loop import BadLoss, TrainingError
 from kdkernels.train.report import Report, write_json
 
@@ -185,7 +185,7 @@ HELP = {
     "data_dir": "Folder with the data set's files: Fashion-MNIST's four idx.gz files, CIFAR's python batches, or the "
     "image folders. Without it: Fashion-MNIST from Debian's package dataset-fashion-mnist if installed, else a checked "
     "download, kept in ~/.cache/kdkernels.",
-    "teacher": "The teacher's network; --list has the names.",
+    "teacher": "The teacher's network; --list has the names. Of atsc: several, with commas between.",
     "student": "The students' network.",
     "assistants": "Of takd and dgkd: networks between teacher and student, larger first, with commas between.",
     "teacher_checkpoint": "Weights (a state dict) of a trained teacher: none is trained then.",
@@ -247,7 +247,7 @@ def train(
     student: Annotated[str | None, typer.Option(metavar="NAME", help=HELP["student"])] = None,
     assistants: Annotated[Any, typer.Option(parser=_names, metavar="NAMES", help=HELP["assistants"])] = None,
     teacher_checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=HELP["teacher_checkpoint"])
+        str | None, typer.Option(metavar="FILE", help=HELP["teacher_checkpoint"])
     ] = None,
     labels: Annotated[int | None, _count(HELP["labels"], "500; digits: 100")] = None,
     label_fraction: Annotated[float | None, _part(HELP["label_fraction"])] = None,
@@ -343,13 +343,22 @@ def train(
         _bad("--label-fraction", "takes the place of --labels: give one of them")
     if method not in METHODS:
         _bad("--method", f"got {method!r}, takes one of {', '.join(METHODS)}")
-    for flag, network in (
-        ("--teacher", teacher),
-        ("--student", student),
-        *(("--assistants", a) for a in assistants or ()),
+    teachers = teacher.split(",") if teacher else []
+    for flag, networks in (
+        ("--teacher", teachers),
+        ("--student", [student]),
+        ("--assistants", assistants or ()),
     ):
-        if network is not None and not network.startswith("timm:") and network not in models.NAMES:
-            _bad(flag, f"got {network!r}, takes one of the names that --list prints")
+        for network in networks:
+            if network is not None and not network.startswith("timm:") and network not in models.NAMES:
+                _bad(flag, f"got {network!r}, takes one of the names that --list prints")
+    if len(teachers) > 1 and method != "atsc":
+        _bad("--teacher", f"takes one name with --method {method}: atsc has several teachers")
+    if method in OF_CHECKPOINTS and teacher_checkpoint and not any("anchors=" in o for o in option or ()):
+        _bad(
+            "--teacher-checkpoint",
+            f"takes -o anchors=[A.pt,B.pt] beside it: {method} needs the teacher's course",
+        )
     if assistants and method not in CHAINS:
         _bad("--assistants", f"takes nothing with --method {method}: {' and '.join(CHAINS)} have assistants")
     if amp == "fp16" and device == "cpu":
@@ -377,7 +386,7 @@ def train(
         teacher=teacher,
         student=student,
         assistants=tuple(assistants or ()),
-        teacher_checkpoint=str(teacher_checkpoint) if teacher_checkpoint else None,
+        teacher_checkpoint=teacher_checkpoint,
         anchors=anchors,
         temperature=keywords.get("temperature"),
         soft_weight=keywords.get("soft_weight"),

@@ -1,6 +1,6 @@
 """The experiment: which models are trained, in which order, from what.
 
-    teacher              all training labels (unless a checkpoint is given)
+    teacher              all training labels (unless a checkpoint is given); teacher_2, … of ATSC
     assistant_1, …       all training labels, from the teacher or all before (TAKD, DGKD)
     student_alone        the labelled images alone
     student_same_images  the labelled images and what the teacher says of them
@@ -14,7 +14,6 @@ The test images are scored once, at the end, with the modules that are shipped.
 
 import copy
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,11 @@ from kdkernels.train.loop import (
 from kdkernels.train.outputs import SeveralOutputs, TeacherOutputs, compute
 from kdkernels.train.report import Report
 
-#: Methods that learn from a chain of models, and from the teacher's own checkpoints.
+#: Methods that learn through assistants, from all models above at once, and from the teacher's own checkpoints.
 CHAINS = ("takd", "dgkd")
+OF_SEVERAL = ("dgkd", "atsc")
 OF_CHECKPOINTS = ("rco",)
+TITLES = {"student": "student with pool"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Config:
     device: str
     method: str = "kd"
     options: dict[str, Any] = field(default_factory=dict)  # the method's keywords
-    teacher: str | None = None  # None: the data set's own
+    teacher: str | None = None  # None: the data set's own; several with commas between
     student: str | None = None
     assistants: tuple[str, ...] = ()
     teacher_checkpoint: str | None = None
@@ -125,9 +126,10 @@ class _Experiment:
         self.data = data.to(fabric.device)
         self.everything = torch.cat([self.parts.labelled, self.parts.pool])
 
-    def name_of(self, role: str) -> str:
-        """The network's name: the one that was asked for, or the data set's own."""
-        return getattr(self.config, role) or models.PAIRS[self.config.data][role == "student"]
+    def names_of(self, role: str) -> list[str]:
+        """The networks' names: those that were asked for, or the data set's own."""
+        asked = getattr(self.config, role) or models.PAIRS[self.config.data][role == "student"]
+        return asked.split(",")
 
     def build(self, name: str) -> nn.Module:
         try:
@@ -140,104 +142,90 @@ class _Experiment:
         config, report = self.config, self.report
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic = True
-        teacher = self.build(self.name_of("teacher"))
-        first_student = self.build(self.name_of("student"))
+        teachers = {name: self.build(network) for name, network in self.teacher_networks().items()}
+        (student_network,) = self.names_of("student")
+        first_student = self.build(student_network)
+        assistants = [self.build(network) for network in config.assistants]
         # Before the first step, so that a method that does not take these models says so at once.
-        chain = [teacher, *(self.build(name) for name in config.assistants)]
+        above = [*teachers.values(), *assistants]
         if config.method not in OF_CHECKPOINTS:
-            self.try_out(self.method(copy.deepcopy(first_student), copy.deepcopy(chain)))
+            self.try_out(self.method(copy.deepcopy(first_student), copy.deepcopy(above)))
 
-        if config.teacher_checkpoint is not None:
-            _load(teacher, Path(config.teacher_checkpoint), "--teacher-checkpoint")
-            self.given(teacher)
-        else:
-            self.train(self.of_teacher(teacher))
-        for i in range(1, len(chain)):
-            self.train(self.assistant(f"assistant_{i}", config.assistants[i - 1], chain[i], chain[:i]))
-
-        labelled, pool = self.parts.labelled, self.parts.pool
-        how, seed = config.optimisation(), config.seed
-        if config.alone:
-            learner = Supervised(copy.deepcopy(first_student))
+        checkpoints = config.teacher_checkpoint.split(",") if config.teacher_checkpoint else []
+        for i, (name, teacher) in enumerate(teachers.items()):
+            training = self.training(name, "", Supervised(teacher), self.teacher_networks()[name], upper=True)
+            if i < len(checkpoints):
+                _load(teacher, Path(checkpoints[i]), "--teacher-checkpoint")
+                self.given(training)
+            else:
+                self.train(training)
+        for i, assistant in enumerate(assistants):
+            method = self.method(assistant, copy.deepcopy(above[: len(teachers) + i]))
             self.train(
-                Training(
-                    "student_alone",
-                    "student alone",
-                    f"{len(labelled):,} labels",
-                    learner,
-                    labelled,
-                    how,
-                    seed=seed,
-                    about=self.about(self.name_of("student")),
+                self.training(
+                    f"assistant_{i + 1}", ", teacher on same", method, config.assistants[i], upper=True
                 )
             )
-        for name, title, source, unlabelled in (
-            ("student_same_images", "student same images", "teacher on same", None),
-            ("student", "student with pool", f"teacher on {len(self.everything):,}", pool),
+        if config.alone:
+            learner = Supervised(copy.deepcopy(first_student))
+            self.train(self.training("student_alone", "", learner, student_network))
+        for name, source, pool in (
+            ("student_same_images", ", teacher on same", None),
+            ("student", f", teacher on {len(self.everything):,}", self.parts.pool),
         ):
-            if unlabelled is not None and not (config.pool and len(unlabelled)):
+            if pool is not None and not (config.pool and len(pool)):
                 report.same("student", "student_same_images")
                 continue
-            method = self.method(copy.deepcopy(first_student), copy.deepcopy(chain))
-            training = Training(
-                name,
-                title,
-                f"{len(labelled):,} labels, {source}",
-                method,
-                labelled,
-                how,
-                pool=unlabelled,
-                pool_ratio=config.pool_ratio if unlabelled is not None else 0,
-                seed=seed,
-                about=self.about(self.name_of("student")),
-            )
-            self.train(training)
+            method = self.method(copy.deepcopy(first_student), copy.deepcopy(above))
+            self.train(self.training(name, source, method, student_network, pool=pool))
         self.score()
 
-    def about(self, name: str) -> dict[str, Any]:
-        """What kdkernels.train.load needs to build the network again."""
-        sizes = {name: getattr(self.data, name) for name in ("classes", "channels", "image_size")}
-        return {"model": name, **sizes, "method": self.config.method}
+    def teacher_networks(self) -> dict[str, str]:
+        """By the names of their files: teacher, teacher_2, …"""
+        return {
+            f"teacher_{i}" if i > 1 else "teacher": n for i, n in enumerate(self.names_of("teacher"), start=1)
+        }
 
-    def of_teacher(self, teacher: nn.Module) -> Training:
+    def training(
+        self,
+        name: str,
+        source: str,
+        learner: Any,
+        network: str,
+        *,
+        upper: bool = False,  # a teacher or an assistant: on all labels
+        pool: Tensor | None = None,
+    ) -> Training:
         config = self.config
-        how = config.optimisation(of_teacher=True)
-        keep: tuple[int, ...] = ()
-        if config.method in OF_CHECKPOINTS:
-            keep = anchor_epochs(how.epochs, config.anchors)
-        return Training(
-            "teacher",
-            "teacher",
-            f"{len(self.everything):,} labels",
-            Supervised(teacher),
-            self.everything,
-            how,
-            seed=config.seed,
-            keep=keep,
-            about=self.about(self.name_of("teacher")),
+        labelled = self.everything if upper else self.parts.labelled
+        how = config.optimisation(of_teacher=upper)
+        keep = (
+            anchor_epochs(how.epochs, config.anchors) if (config.method, name) == ("rco", "teacher") else ()
         )
-
-    def assistant(self, name: str, network: str, model: nn.Module, before: Sequence[nn.Module]) -> Training:
+        sizes = {name: getattr(self.data, name) for name in ("classes", "channels", "image_size")}
         return Training(
             name,
-            name.replace("_", " "),
-            f"{len(self.everything):,} labels, teacher on same",
-            self.method(model, copy.deepcopy(list(before))),
-            self.everything,
-            self.config.optimisation(of_teacher=True),
-            seed=self.config.seed,
-            about=self.about(network),
+            TITLES.get(name, name.replace("_", " ")),
+            f"{len(labelled):,} labels{source}",
+            learner,
+            labelled,
+            how,
+            pool=pool,
+            pool_ratio=config.pool_ratio if pool is not None else 0,
+            seed=config.seed,
+            keep=keep,
+            about={"model": network, **sizes, "method": config.method},
         )
 
-    def method(self, student: nn.Module, chain: list[nn.Module]) -> Any:
-        """The method for a student and the models before it: the teacher first, the last assistant last."""
+    def method(self, student: nn.Module, above: list[nn.Module]) -> Any:
+        """The method for a student and the models above it: the teachers first, the last assistant last."""
         config = self.config
         # Its own modules begin the same in every training, whatever was drawn before and was not drawn again.
         torch.manual_seed(config.seed + 1)
         options = dict(config.options)
-        teachers: Any = chain if config.method == "dgkd" else chain[-1]
+        teachers: Any = above if config.method in OF_SEVERAL else above[-1]
         if config.method == "dgkd" and "drop" not in options:
-            options["drop"] = min(1, len(chain) - 1)
+            options["drop"] = min(1, len(above) - 1)
         if config.method in OF_CHECKPOINTS and "anchors" not in options:
             options["anchors"] = self.report.anchors(config.anchors)
         try:
@@ -299,8 +287,7 @@ class _Experiment:
         if report.finished(training):
             _load(learner.student, report.weights_of(training.name), f"{training.name}")
             return
-        if training.name.startswith(("student_same", "student", "assistant")) and hasattr(learner, "uses"):
-            training.outputs = self.outputs(training)  # type: ignore[assignment]
+        training.outputs = self.outputs(training)
         state = report.state_of(training)
         if hasattr(learner, "prepare"):
             if state is None:
@@ -340,11 +327,10 @@ class _Experiment:
                 count += 1
                 yield take(self.data, "train", labelled)
 
-    def given(self, teacher: nn.Module) -> None:
+    def given(self, training: Training) -> None:
         """A teacher that came trained."""
-        learner = Supervised(teacher).eval()
+        learner = training.learner.eval()
         score = accuracy(learner.predict, self.data, "train", self.parts.validation, self.fabric)
-        training = self.of_teacher(teacher)
         training.source = "given"
         self.report.given(training, Epoch(0, float("nan"), score, 0, 0.0), learner.deployable())
 

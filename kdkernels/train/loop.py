@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kdkernels.methods import Deployable, Output
 from kdkernels.train.data import Dataset
 from kdkernels.train.distributed import gather_rows, share_of, sum_over_processes, use_global_batch_norm
-from kdkernels.train.outputs import TeacherOutputs
+from kdkernels.train.outputs import SeveralOutputs, TeacherOutputs
 
 EVALUATION_BATCH = 500
 
@@ -117,7 +117,7 @@ class Training:
     learner: Any
     labelled: Tensor  # indices into the training images
     optimisation: Optimisation
-    outputs: TeacherOutputs | None = None  # what the teacher says, where it is known already
+    outputs: TeacherOutputs | SeveralOutputs | None = None  # what the teacher says, where it is known already
     pool: Tensor | None = None  # indices of the unlabelled images
     pool_ratio: int = 0  # of them in a step, for each labelled one
     seed: int = 0
