@@ -29,6 +29,9 @@ CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
 TRITON_ROWS = "kdkernels/_triton/rows.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
+REPORT, EXPERIMENT, DISTRIBUTED = (
+    f"kdkernels/train/{stem}.py" for stem in ("report", "experiment", "distributed")
+)
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
 CPU_POOL, CUDA_POOL = "csrc/cpu/pool_mse.cpp", "csrc/cuda/pool_mse.cu"
 TRITON_POOL, OP_POOL = "kdkernels/_triton/pool_mse.py", "kdkernels/ops/pool_mse.py"
@@ -250,7 +253,17 @@ MUTATIONS = [
     Mutation("pool triton: mask ignored", TRITON_POOL, "live = tl.load(mask_ptr + sample) != 0", "live = tl.load(mask_ptr + sample) < 2", pool(backend="triton")),
     Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
     Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
-    Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
+    Mutation("train: the pool's first images again", TRAIN, "        drawn += more", "        drawn += 0", "tests/test_train.py -k 'pool'"),
+    Mutation("train: a milestone late", TRAIN, "step // steps_per_epoch >= epoch", "step // steps_per_epoch > epoch", "tests/test_train.py -k 'rates'"),
+    Mutation("train: a piece weighs as a batch", TRAIN, "weight = len(some) * world / len(rows)", "weight = 1.0", "tests/test_train_methods.py -k 'pieces'"),
+    Mutation("train: random state not restored", TRAIN, 'torch.set_rng_state(state["random"])', "pass", "tests/test_train_methods.py -k 'killed and mgd'"),
+    Mutation("train: optimizer not restored", TRAIN, "optimizer.load_state_dict(one)", "pass", "tests/test_train_methods.py -k 'killed and kd'"),
+    Mutation("train: lines of lost epochs kept", REPORT, "os.truncate(metrics, size)", "pass", "tests/test_train_methods.py -k 'killed'"),
+    Mutation("train: last of equal epochs", EXPERIMENT, "epoch.validation_accuracy > best.validation_accuracy", "epoch.validation_accuracy >= best.validation_accuracy", "tests/test_train.py -k 'best_on_validation'"),
+    Mutation("train: scored on training images", EXPERIMENT, 'accuracy(module, self.data, "test"', 'accuracy(module, self.data, "train"', "tests/test_train.py -k 'scored'"),
+    Mutation("train: outputs of other images", "kdkernels/train/outputs.py", "torch.arange(len(images))\n", "torch.arange(len(images)).flip(0)\n", "tests/test_train_methods.py -k 'npy'"),
+    Mutation("train: statistics' gradient not summed", DISTRIBUTED, "        dist.all_reduce(grad)\n", "", "tests/test_train_distributed.py"),
+    Mutation("train: running variance of a sample", DISTRIBUTED, "variance * total / (total - 1)", "variance", "tests/test_train_distributed.py"),
     Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: sign of y's gradient", CPU_GAUSSIAN, "write_gradient(y, weight_y, n, S(-1)", "write_gradient(y, weight_y, n, S(1)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
