@@ -29,6 +29,7 @@ class Case(NamedTuple):
     repeats: bool = True  # a sample of weight 2 is a sample that is there twice
     pot: bool = False  # weights and n != m take POT
     constant_weights: bool = False  # weights have no gradient
+    signed: bool = False  # may be negative, and is not 0 where x equals y
 
 
 CASES = {
@@ -38,6 +39,20 @@ CASES = {
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
+    "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu")),
+    "mmd, unbiased": Case(
+        partial(kdkernels.mmd, bandwidths=6.0, estimator="unbiased"),
+        ("reference", "cpu"),
+        repeats=False,
+        signed=True,
+    ),
+    "mmd, laplacian": Case(
+        partial(kdkernels.mmd, kernel="laplacian", bandwidths=[6.0, 3.0]), ("reference", "cpu")
+    ),
+    "mmd, polynomial": Case(partial(kdkernels.mmd, kernel="polynomial"), ("reference", "cpu")),
+    "mmd, imq": Case(partial(kdkernels.mmd, kernel="imq", bandwidths=(3.0, 9.0)), ("reference", "cpu")),
+    "mmd, linear": Case(partial(kdkernels.mmd, kernel="linear")),
+    "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu")),
     "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),

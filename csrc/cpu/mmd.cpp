@@ -33,7 +33,7 @@ template <typename S>
 constexpr int64_t kPanel = 3 * kLane<S>;
 constexpr int64_t kBlockPanels = 4;
 template <typename S>
-constexpr int64_t kColumns = kBlockPanels* kPanel<S>;
+constexpr int64_t kColumns = kBlockPanels * kPanel<S>;
 // Features that a product sums before it adds to a tile.
 constexpr int64_t kDepth = 512;
 // A pair is differenced where its squared distance is below this share of |a|^2 + |b|^2: what
@@ -93,8 +93,8 @@ constexpr int kDistance = -1;
 
 template <typename S>
 struct Kernel {
-  int kind;              // an MmdKernel, or kDistance
-  std::vector<S> rates;  // of each bandwidth: what its exponent, or ratio, is multiplied by
+  int kind;                    // an MmdKernel, or kDistance
+  std::vector<S> rates;        // of each bandwidth: what its exponent, or ratio, is multiplied by
   std::vector<int> squarings;  // of the kernel before it, that give this one; 0: computed
 };
 
@@ -165,9 +165,7 @@ KDK_INLINE int to_squared_distances(S square, const S* squares, int64_t n, S* ro
 // Below this a kernel's value is 0: its product with a weight would be a subnormal number.
 constexpr float kLeastExponent = -80.0f;
 
-KDK_INLINE float exponential(float x) {
-  return select(x < kLeastExponent, 0.0f, exp2_unbiased(x));
-}
+KDK_INLINE float exponential(float x) { return select(x < kLeastExponent, 0.0f, exp2_unbiased(x)); }
 KDK_INLINE double exponential(double x) { return std::exp2(x); }
 
 // values = sum_u 2^(rate_u x), slopes = sum_u rate_u 2^(rate_u x), rates <= 0.
@@ -305,8 +303,8 @@ KDK_INLINE void add_scaled_difference(S scale, const S* a, const S* b, int64_t n
 // `first` on. Returns the weighted sum of kernel values; leaves the coefficients in `row`.
 template <typename S>
 KDK_INLINE double run_row(const Task<S>& task, const Side<S>& own, const Side<S>& other, int64_t i,
-                          int64_t local, int64_t first, int64_t columns, S factor, S* row,
-                          S* grad, Scratch<S>& scratch) {
+                          int64_t local, int64_t first, int64_t columns, S factor, S* row, S* grad,
+                          Scratch<S>& scratch) {
   const bool products = task.kernel->kind == static_cast<int>(MmdKernel::kPolynomial);
   const S* z = own.z + i * task.stride;
   const S* others = other.z + first * task.stride;
@@ -370,9 +368,9 @@ KDK_INLINE void gram_tile(const Task<S>& task, const Side<S>& own, const Side<S>
       const S* b = other.packed + (first_panel + q) * panel_size + k * kPanel<S>;
       for (int64_t c = 0; c < kPanel<S>; c += kWidth) {
         for (int64_t r = 0; r < rows; r += kRows) {
-          multiply<S, kBytes, kRows, 3, 1, kPanel<S>>(
-              a + r, b + c, kPanel<S>, depth, k > 0, tile + r * kColumns<S> + q * kPanel<S> + c,
-              kColumns<S>);
+          multiply<S, kBytes, kRows, 3, 1, kPanel<S>>(a + r, b + c, kPanel<S>, depth, k > 0,
+                                                      tile + r * kColumns<S> + q * kPanel<S> + c,
+                                                      kColumns<S>);
         }
       }
     }
@@ -428,10 +426,10 @@ KDK_INLINE void run_task(const Task<S>& task, Scratch<S>& scratch, double* withi
       if (!task.few) gram_tile<S, kBytes, kRows>(task, own, other, rows, q, panels, tile);
       double sum = 0;
       for (int64_t r = 0; r < rows; ++r) {
-        sum += own.weights[begin + r] *
-               run_row(task, own, other, begin + r, r, first, columns, factor,
-                       tile + r * kColumns<S>, grad == nullptr ? nullptr : grad + r * stride,
-                       scratch);
+        sum += own.weights[begin + r] * run_row(task, own, other, begin + r, r, first, columns,
+                                                factor, tile + r * kColumns<S>,
+                                                grad == nullptr ? nullptr : grad + r * stride,
+                                                scratch);
       }
       (which == 0 ? *within : *across) += half && !diagonal ? 2 * sum : sum;
       if (task.gradient && !task.few) {
@@ -633,8 +631,9 @@ void run_pairs(const Side<S>* sides, const Kernel<S>& kernel, int64_t features, 
   for_each<S>(panels, threads, [&](int64_t i, Scratch<S>& scratch) {
     const int side = i < sides[0].panels ? 0 : 1;
     const int64_t panel = side == 0 ? i : i - sides[0].panels;
-    const Task<S> task = {sides, &kernel, features, stride,   side,
-                          panel, few,     unbiased, gradient[side] || side == summing,
+    const Task<S> task = {sides,         &kernel,  features,
+                          stride,        side,     panel,
+                          few,           unbiased, gradient[side] || side == summing,
                           gradient[side]};
     any_task(task, scratch, each + 2 * i, each + 2 * i + 1);
     if (task.gradient) store(side, panel, scratch.grad.reserve(0));
@@ -705,9 +704,8 @@ double run_job(const MmdParams& params, const Job& job, int threads,
     sides[s].weights = at(shares, s, sides[0].panels * kPanel<S>);
     for (int64_t i = 0; i < sides[s].panels * kPanel<S>; ++i) {
       sides[s].weights[i] =
-          i < sides[s].count
-              ? static_cast<S>(weight_of(weights[s], sides[s].rows[i]) / totals[s])
-              : S(0);
+          i < sides[s].count ? static_cast<S>(weight_of(weights[s], sides[s].rows[i]) / totals[s])
+                             : S(0);
     }
   }
   std::fill_n(centre, stride, S(0));
@@ -818,8 +816,8 @@ void run_jobs(const MmdParams& params, int threads) {
 }  // namespace
 
 void mmd(const MmdParams& params, int threads) {
-  for_dtype(params.dtype, run_jobs<float>, run_jobs<Float16>, run_jobs<BFloat16>,
-            run_jobs<double>)(params, threads);
+  for_dtype(params.dtype, run_jobs<float>, run_jobs<Float16>, run_jobs<BFloat16>, run_jobs<double>)(
+      params, threads);
 }
 
 }  // namespace kdkernels::cpu

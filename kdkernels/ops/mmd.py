@@ -41,7 +41,6 @@ from kdkernels.ops.features import (
     check_sample_weights,
     moments,
     proportions,
-    square_root,
 )
 from kdkernels.ops.rows import kind_of
 from kdkernels.ops.scale_rows import scale_rows_
@@ -71,13 +70,14 @@ def mmd_reference(
     unbiased = estimator == "unbiased"
     if kernel == "linear" and not unbiased:
         return _means(x, y, x_weights, y_weights, labels)
+    weighted = x_weights is not None or y_weights is not None
     if labels is not None:
         (x, x_weights), (y, y_weights) = by_class(x, x_weights, labels), by_class(y, y_weights, labels)
     u, v = proportions(x_weights, x), proportions(y_weights, y)
     there_x, there_y = ((w > 0).sum(-1) >= (2 if unbiased else 1) for w in (u, v))
     there = there_x & there_y
     if kernel == "linear":
-        each = _unbiased_means(x, y, u, v)
+        each = _unbiased_means(x, y, u, v, weighted)
     elif kernel == "polynomial":
         scale = [1 / x.shape[-1]] if bandwidths is None else 1 / bandwidths.square()
         with full_precision(x):
@@ -112,13 +112,19 @@ def energy_distance_reference(
 
 def _kernel(kernel: str, squared: Tensor, widths: Any) -> Tensor:
     if kernel == "energy":
-        return -square_root(squared)
+        return -_root(squared)
     if kernel == "rbf":
         return sum(torch.exp(-squared / (2 * s * s)) for s in widths)  # type: ignore[return-value]
     if kernel == "laplacian":
-        distance = square_root(squared)
+        distance = _root(squared)
         return sum(torch.exp(-distance / s) for s in widths)  # type: ignore[return-value]
     return sum(torch.rsqrt(1 + squared / (s * s)) for s in widths)  # type: ignore[return-value]
+
+
+def _root(squared: Tensor) -> Tensor:
+    """√squared, with gradient 0 where it is 0; NaN stays."""
+    zero = squared == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def _combine(
@@ -158,7 +164,7 @@ def _means(
         each = (mean_x - mean_y).square().sum(-1)
         return torch.where((there_x > 0) & (there_y > 0), each, 0).sum(-1)
     if x.shape[-2] == 0 or y.shape[-2] == 0:
-        return x.sum((-2, -1)) + y.sum((-2, -1))
+        return 0 * (x.sum((-2, -1)) + y.sum((-2, -1)))
     u, v = (None if w is None else proportions(w, z) for w, z in ((x_weights, x), (y_weights, y)))
     mean_x, mean_y = _mean(x, u, y), _mean(y, v, y)
     there = torch.ones(x.shape[:-2], dtype=torch.bool, device=x.device)
@@ -172,11 +178,12 @@ def _mean(z: Tensor, share: Tensor | None, y: Tensor) -> Tensor:  # (..., d), fr
     return z.mean(-2) if share is None else (share[..., None] * z).sum(-2)
 
 
-def _unbiased_means(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:  # (...,)
+def _unbiased_means(x: Tensor, y: Tensor, u: Tensor, v: Tensor, weighted: bool) -> Tensor:  # (...,)
     """The unbiased estimator of ‖μ_x − μ_y‖²: less the samples' own squares."""
     if x.shape[-2] == 0 or y.shape[-2] == 0:
-        return x.sum((-2, -1)) + y.sum((-2, -1))
-    origin = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
+        return 0 * (x.sum((-2, -1)) + y.sum((-2, -1)))
+    # Where all samples weigh the same, any origin gives the same, and a near one keeps the digits.
+    origin = 0 if weighted else torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
     means, within = [], []
     for z, w in ((x - origin, u), (y - origin, v)):
         mean = (w[..., None] * z).sum(-2)
@@ -209,7 +216,7 @@ class _SquaredDistances(torch.autograd.Function):
         x, y, squared = ctx.saved_tensors
         if not torch.is_grad_enabled():
             # What these add cancels, but not to the last digit, and may be all there is. (Its derivative stays.)
-            grad_output = torch.where(squared > 0, grad_output, 0)
+            grad_output = torch.where(squared == 0, 0, grad_output)
         centre = y.detach().sum(-2, keepdim=True) / max(y.shape[-2], 1)  # keeps the products small
         x, y = x - centre, y - centre
         with full_precision(x):
