@@ -282,6 +282,17 @@ def test_near_samples(kernel, noise, offset):
 
 
 @over_backends
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "imq"])
+def test_narrow_bandwidth(backend, kernel):
+    """A sample's kernel value with itself is all but everything; its slope is nothing."""
+    x, y = features(60, 200, dtype=torch.float32)
+    options = {"kernel": kernel, "bandwidths": {"rbf": 2.5, "laplacian": 1.0, "imq": 0.1}[kernel]}
+    truth = gradients(mmd, x.double(), y.double(), backend="reference", **options)
+    assert all(t.abs().max() < 1e-3 for t in truth[1:])
+    assert_equal_up_to_rounding(gradients(mmd, x, y, backend=backend, **options), truth, scale=4)
+
+
+@over_backends
 @pytest.mark.parametrize("n", [20, 300])
 def test_equal_in_another_order(backend, n):
     x, _ = features(n, 40, dtype=torch.float32)
