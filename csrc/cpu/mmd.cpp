@@ -39,6 +39,9 @@ constexpr int64_t kDepth = 512;
 // A pair is differenced where its squared distance is below this share of |a|^2 + |b|^2: what
 // rounding leaves of it there is 64 times as wrong as the sum.
 constexpr double kNear = 1.0 / 64;
+// But not where |a|^2 + |b|^2 is below so many squared bandwidths of a kernel that is smooth at 0:
+// rounding moves its value by 8 eps at most there.
+constexpr double kSmooth = 16;
 // Problems of so many samples are differenced throughout: a panel would be mostly empty.
 constexpr int64_t kFew = 32;
 // Samples of a side that the centre is made of; any point near them would do.
@@ -96,6 +99,7 @@ struct Kernel {
   int kind;                    // an MmdKernel, or kDistance
   std::vector<S> rates;        // of each bandwidth: what its exponent, or ratio, is multiplied by
   std::vector<int> squarings;  // of the kernel before it, that give this one; 0: computed
+  S smooth;                    // |a|^2 + |b|^2 below which no pair is near
 };
 
 template <typename S>
@@ -148,16 +152,22 @@ KDK_INLINE S inner_product(const S* a, const S* b, int64_t n) {
   return sum;
 }
 
+// Below which squared distance a pair is near.
+template <typename S>
+KDK_INLINE S near_bound(S sum, S smooth) {
+  return S(kNear) * (sum - smooth);
+}
+
 // Inner products become squared distances; returns how many are near.
 template <typename S>
-KDK_INLINE int to_squared_distances(S square, const S* squares, int64_t n, S* row) {
+KDK_INLINE int to_squared_distances(S square, const S* squares, S smooth, int64_t n, S* row) {
   int near = 0;
 #pragma omp simd reduction(+ : near)
   for (int64_t j = 0; j < n; ++j) {
     const S sum = square + squares[j];
     const S value = sum - 2 * row[j];
     row[j] = value < S(0) ? S(0) : value;
-    near += row[j] < S(kNear) * sum ? 1 : 0;
+    near += row[j] < near_bound(sum, smooth) ? 1 : 0;
   }
   return near;
 }
@@ -320,9 +330,10 @@ KDK_INLINE double run_row(const Task<S>& task, const Side<S>& own, const Side<S>
       row[j] = squared_distance(z, others + j * task.stride, task.stride);
       scratch.near[near++] = j;
     }
-  } else if (to_squared_distances(own.squares[i], other.squares + first, columns, row) > 0) {
+  } else if (to_squared_distances(own.squares[i], other.squares + first, task.kernel->smooth,
+                                  columns, row) > 0) {
     for (int64_t j = 0; j < columns; ++j) {
-      if (row[j] < S(kNear) * (own.squares[i] + other.squares[first + j])) {
+      if (row[j] < near_bound(own.squares[i] + other.squares[first + j], task.kernel->smooth)) {
         row[j] = squared_distance(z, others + j * task.stride, task.stride);
         scratch.near[near++] = j;
       }
@@ -577,6 +588,7 @@ template <typename S>
 Kernel<S> kernel_of(const MmdParams& params, double mean_distance) {
   Kernel<S> kernel;
   kernel.kind = static_cast<int>(params.kernel);
+  kernel.smooth = S(0);
   if (params.kernel == MmdKernel::kEnergy) return kernel;
   std::vector<double> bandwidths;
   if (params.bandwidths == nullptr) {
@@ -590,6 +602,9 @@ Kernel<S> kernel_of(const MmdParams& params, double mean_distance) {
   }
   // Widest first: a narrower one may be a power of it.
   std::sort(bandwidths.begin(), bandwidths.end(), [](double a, double b) { return a > b; });
+  if (params.kernel == MmdKernel::kRbf || params.kernel == MmdKernel::kImq) {
+    kernel.smooth = static_cast<S>(kSmooth * bandwidths.back() * bandwidths.back());
+  }
   double computed = 0;  // the rate that powers are taken of
   double previous = 0;
   for (const double bandwidth : bandwidths) {
@@ -742,7 +757,7 @@ double run_job(const MmdParams& params, const Job& job, int threads,
   double mean_distance = 0;
   const auto nothing = [](int, int64_t, const S*) {};
   if (params.bandwidths == nullptr && !products && params.kernel != MmdKernel::kEnergy) {
-    const Kernel<S> distance = {kDistance, {}, {}};
+    const Kernel<S> distance = {kDistance, {}, {}, S(0)};
     const bool no_gradient[2] = {false, false};
     run_pairs(sides, distance, d, stride, few, false, no_gradient, threads, room.sums, sums,
               nothing);
