@@ -18,7 +18,6 @@
 
 #include "../kdkernels.h"
 #include "classes.h"
-#include "parallel.h"
 #include "simd.h"
 #include "tile_product.h"
 
@@ -36,8 +35,8 @@ template <typename S>
 constexpr int64_t kColumns = kBlockPanels * kPanel<S>;
 // Features that a product sums before it adds to a tile.
 constexpr int64_t kDepth = 512;
-// A pair is differenced where its squared distance is below this share of |a|^2 + |b|^2: what
-// rounding leaves of it there is 64 times as wrong as the sum.
+// A pair is differenced where its squared distance is below this share of |a|^2 + |b|^2, whose
+// rounding is 64 times as large beside it.
 constexpr double kNear = 1.0 / 64;
 // But not where |a|^2 + |b|^2 is below so many squared bandwidths of a kernel that is smooth at 0:
 // rounding moves its value by 8 eps at most there.
@@ -100,6 +99,7 @@ struct Kernel {
   std::vector<S> rates;        // of each bandwidth: what its exponent, or ratio, is multiplied by
   std::vector<int> squarings;  // of the kernel before it, that give this one; 0: computed
   S smooth;                    // |a|^2 + |b|^2 below which no pair is near
+  bool of_products() const { return kind == static_cast<int>(MmdKernel::kPolynomial); }
 };
 
 template <typename S>
@@ -315,7 +315,7 @@ template <typename S>
 KDK_INLINE double run_row(const Task<S>& task, const Side<S>& own, const Side<S>& other, int64_t i,
                           int64_t local, int64_t first, int64_t columns, S factor, S* row, S* grad,
                           Scratch<S>& scratch) {
-  const bool products = task.kernel->kind == static_cast<int>(MmdKernel::kPolynomial);
+  const bool products = task.kernel->of_products();
   const S* z = own.z + i * task.stride;
   const S* others = other.z + first * task.stride;
   int64_t near = 0;
@@ -449,7 +449,7 @@ KDK_INLINE void run_task(const Task<S>& task, Scratch<S>& scratch, double* withi
     }
   }
   if (!task.gradient) return;
-  const bool products = task.kernel->kind == static_cast<int>(MmdKernel::kPolynomial);
+  const bool products = task.kernel->of_products();
   for (int64_t r = 0; r < rows; ++r) {
     const S* z = own.z + (begin + r) * stride;
     const S weight = own.weights[begin + r], sum = scratch.slope_sums[r];
@@ -521,38 +521,22 @@ KDK_INLINE void prepare_panel(const MmdParams& params, const T* base, int64_t ro
   }
 }
 
-KDK_CLONES void panel_float32(const MmdParams& p, const float* x, int64_t s, const float* c,
-                              int64_t i, int64_t z, bool pack, Side<float>& side) {
-  prepare_panel<float>(p, x, s, c, i, z, pack, side);
+KDK_CLONES void prepare(const MmdParams& p, const float* x, int64_t x_stride, const float* centre,
+                        int64_t panel, int64_t stride, bool pack, Side<float>& side) {
+  prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
-KDK_CLONES void panel_float16(const MmdParams& p, const Float16* x, int64_t s, const float* c,
-                              int64_t i, int64_t z, bool pack, Side<float>& side) {
-  prepare_panel<Float16>(p, x, s, c, i, z, pack, side);
+KDK_CLONES void prepare(const MmdParams& p, const Float16* x, int64_t x_stride, const float* centre,
+                        int64_t panel, int64_t stride, bool pack, Side<float>& side) {
+  prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
-KDK_CLONES void panel_bfloat16(const MmdParams& p, const BFloat16* x, int64_t s, const float* c,
-                               int64_t i, int64_t z, bool pack, Side<float>& side) {
-  prepare_panel<BFloat16>(p, x, s, c, i, z, pack, side);
+KDK_CLONES void prepare(const MmdParams& p, const BFloat16* x, int64_t x_stride,
+                        const float* centre, int64_t panel, int64_t stride, bool pack,
+                        Side<float>& side) {
+  prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
-KDK_CLONES void panel_float64(const MmdParams& p, const double* x, int64_t s, const double* c,
-                              int64_t i, int64_t z, bool pack, Side<double>& side) {
-  prepare_panel<double>(p, x, s, c, i, z, pack, side);
-}
-
-KDK_INLINE void any_panel(const MmdParams& p, const float* x, int64_t s, const float* c, int64_t i,
-                          int64_t z, bool pack, Side<float>& side) {
-  panel_float32(p, x, s, c, i, z, pack, side);
-}
-KDK_INLINE void any_panel(const MmdParams& p, const Float16* x, int64_t s, const float* c,
-                          int64_t i, int64_t z, bool pack, Side<float>& side) {
-  panel_float16(p, x, s, c, i, z, pack, side);
-}
-KDK_INLINE void any_panel(const MmdParams& p, const BFloat16* x, int64_t s, const float* c,
-                          int64_t i, int64_t z, bool pack, Side<float>& side) {
-  panel_bfloat16(p, x, s, c, i, z, pack, side);
-}
-KDK_INLINE void any_panel(const MmdParams& p, const double* x, int64_t s, const double* c,
-                          int64_t i, int64_t z, bool pack, Side<double>& side) {
-  panel_float64(p, x, s, c, i, z, pack, side);
+KDK_CLONES void prepare(const MmdParams& p, const double* x, int64_t x_stride, const double* centre,
+                        int64_t panel, int64_t stride, bool pack, Side<double>& side) {
+  prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
 
 KDK_CLONES void narrow_row(const float* from, int64_t n, float* to) { std::copy_n(from, n, to); }
@@ -742,8 +726,8 @@ double run_job(const MmdParams& params, const Job& job, int threads,
   }
   for_each<S>(panels, threads, [&](int64_t i, Scratch<S>&) {
     const int s = i < sides[0].panels ? 0 : 1;
-    any_panel(params, bases[s], row_strides[s], centre, s == 0 ? i : i - sides[0].panels, stride,
-              !few, sides[s]);
+    prepare(params, bases[s], row_strides[s], centre, s == 0 ? i : i - sides[0].panels, stride,
+            !few, sides[s]);
   });
   // What is equal has distance 0, and not what rounding leaves.
   if (!params.unbiased && sides[0].count == sides[1].count &&
