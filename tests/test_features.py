@@ -302,7 +302,9 @@ def test_any_shapes_and_weights(name, backend, data):
     """Finite, not negative, and near the reference in float64."""
     batch = data.draw(st.lists(st.integers(1, 3), max_size=2), label="batch")
     n, m = data.draw(st.integers(1, 12), label="n"), data.draw(st.integers(1, 12), label="m")
-    d = data.draw(st.integers(1, 140), label="d")
+    # On a line, a distance's slope is a sign, and a sum of signs may be nothing but what rounding leaves.
+    signs = name in ("wasserstein, p=1", "energy_distance")
+    d = data.draw(st.integers(2 if signs else 1, 140), label="d")
     seed = data.draw(st.integers(0, 1000), label="seed")
     weighted = data.draw(st.booleans(), label="weighted")
     options = {}
