@@ -8,8 +8,8 @@ steps:
 The teacher is in training mode, as in the authors' code. Step B there trains the classifier's bias alone
 (`head_update="bias"`); "full" trains its weight too, "none" leaves step B out.
 
-Biases and normalisations are free there, and on few images the teacher may shrink its features, and the loss, to nothing
-with them: `anchor_min_dim=1` holds them too, and a `hard_weight` gives the features something to say.
+Biases and normalisations are free there, and on few images the teacher may shrink its features, and the loss, to
+nothing with them: `anchor_min_dim=1` holds them too, and a `hard_weight` gives the features something to say.
 
 Several teachers: each has its connector and its classifier; losses and logits are their means. The paper's own
 algorithm for several was not at hand: this is our reading.
