@@ -318,6 +318,8 @@ def test_a_recipe_is_a_start_that_flags_replace(tmp_path, capsys):
     )
     assert a["options"] == {"beta": 3, "warmup": 1}
     assert a["published"] == {"accuracy": 50, "source": "me"}
+    assert main([*flags, "--name", "c", "-o", "beta=1e-5"]) == 0
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["options"]["beta"] == 1e-5
     assert (b["labels"], b["options"]) == (80, {"beta": 5, "warmup": 1, "temperature": 2.0})
 
 
@@ -396,3 +398,33 @@ def test_list_names_everything(capsys):
     out = capsys.readouterr().out
     for name in (*METHODS, *METRICS, *data.NAMES, *models.NAMES, *recipes.names()):
         assert name in out
+
+
+def test_a_folder_of_images_is_learnt(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="kdkernels[train] is not installed")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 30), ("val", 8)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(80, (20, 24, 3), generator=generator) + 150 * label
+                image.fromarray(pixels.byte().numpy()).save(folder / f"{i}.png")
+    arguments = [
+        "--data",
+        "folder",
+        "--data-dir",
+        str(tmp_path / "images"),
+        "--image-size",
+        "16",
+        "--labels",
+        "20",
+    ]
+    arguments += ["--teacher", "cnn-16-32-64", "--student", "cnn-8-16-32", "--method", "ijckd", "--no-pool"]
+    flags = ["--out", str(tmp_path), "--name", "run", "--device", "cpu", "--quiet", "--epochs", "6"]
+    assert main([*arguments, *flags, "--teacher-epochs", "6"]) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["images"]["test"] == 16
+    assert summary["student_accuracy"] > 80
+    shipped = load(tmp_path / "run" / "student.safetensors")
+    assert shipped(torch.zeros(2, 3, 16, 16)).shape == (2, 2)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -185,6 +186,7 @@ HELP = {
     "data_dir": "Folder with the data set's files: Fashion-MNIST's four idx.gz files, CIFAR's python batches, or the "
     "image folders. Without it: Fashion-MNIST from Debian's package dataset-fashion-mnist if installed, else a checked "
     "download, kept in ~/.cache/kdkernels.",
+    "image_size": "Of --data folder: what its images are brought to, shorter side and centre.",
     "teacher": "The teacher's network; --list has the names. Of atsc: several, with commas between.",
     "student": "The students' network.",
     "assistants": "Of takd and dgkd: networks between teacher and student, larger first, with commas between.",
@@ -243,6 +245,7 @@ def train(
         Literal["fashion-mnist", "digits", "cifar10", "cifar100", "folder"], typer.Option(help=HELP["data"])
     ] = "fashion-mnist",
     data_dir: Annotated[Path | None, _folder(HELP["data_dir"])] = None,
+    image_size: Annotated[int, _count(HELP["image_size"])] = 32,
     teacher: Annotated[str | None, typer.Option(metavar="NAME", help=HELP["teacher"])] = None,
     student: Annotated[str | None, typer.Option(metavar="NAME", help=HELP["student"])] = None,
     assistants: Annotated[Any, typer.Option(parser=_names, metavar="NAMES", help=HELP["assistants"])] = None,
@@ -373,6 +376,7 @@ def train(
     config = Config(
         data=data,
         data_dir=str(data_dir) if data_dir else None,
+        image_size=image_size,
         labels=labels or 0,
         epochs=epochs or default["epochs"],
         teacher_epochs=teacher_epochs or default["teacher_epochs"],
@@ -455,6 +459,7 @@ def _options(
             _bad(f"--{flag.replace('_', '-')}", f"takes nothing with --method {method}, which has none")
         keywords[flag] = value
     keywords |= dict(_option(text) for text in given)
+    keywords = {name: _as_number(value) for name, value in keywords.items()}
     for keyword in keywords:
         if keyword not in takes:
             _bad("--option", f"got {keyword!r}; {method} takes {', '.join(sorted(takes))}")
@@ -463,6 +468,14 @@ def _options(
     if method == "kd":
         keywords.setdefault("hard_weight", 1 - keywords["soft_weight"])
     return keywords
+
+
+def _as_number(value: Any) -> Any:
+    """1e-5 is a number: to YAML it is one with a point alone, as 1.0e-5."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _to_resume(folder: Path) -> tuple[Config, Path]:
@@ -511,7 +524,8 @@ def _execute(
     main_process = fabric.is_global_zero
     try:
         heard = (lambda text: None) if quiet or not main_process else typer.echo
-        dataset = datasets.load(config.data, Path(config.data_dir) if config.data_dir else None, heard)
+        folder_of_data = Path(config.data_dir) if config.data_dir else None
+        dataset = datasets.load(config.data, folder_of_data, heard, config.image_size)
         dataset = replace(dataset, augmented=config.augment)
         if not resume:
             config = replace(config, labels=_labels(config, label_fraction, dataset))

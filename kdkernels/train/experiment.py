@@ -64,6 +64,7 @@ class Config:
     learning_rate: float
     seed: int
     device: str
+    image_size: int = 32  # of a folder's images
     method: str = "kd"
     options: dict[str, Any] = field(default_factory=dict)  # the method's keywords
     teacher: str | None = None  # None: the data set's own; several with commas between
