@@ -327,6 +327,59 @@ struct Bf16LinearParams {
   int64_t out_stride;
 };
 
+// What it costs to move a unit of mass from x to y.
+enum class Cost : int32_t {
+  kSquaredEuclidean = 0,  // |x - y|^2
+  kEuclidean = 1,         // |x - y|, with derivative 0 at 0
+  kCosine = 2,            // 1 - x.y; the caller gives x and y of length 1
+};
+
+// Entropic transport of each problem's rows of x, with weights a, to those of y, with weights b:
+//
+//   C_ij = cost(x_i, y_j) + extra_ij,  z_ij = (f_i + g_j - C_ij) / epsilon
+//   OT(x, y) = sum_i a_i phi(f_i) + sum_j b_j phi(g_j) - epsilon sum_ij a_i b_j (e^z_ij - 1)
+//   phi(t) = t, or rho (1 - e^(-t / rho)) where rho is finite
+//   loss = OT(x, y), or with debias OT(x, y) - (OT(x, x) + OT(y, y)) / 2
+//   gradients: those of loss with f and g held
+//   plan_ij = a_i b_j e^z_ij, also of x with x and of y with y
+//
+// at the f and g that `iterations` of kdkernels/ops/sinkhorn.py give, fewer where all have changed
+// by at most `tol` >= 0. f_self and g_self are those of x with x and y with y. A null output is not
+// computed. Where x is y, a is b and there is no `extra`, the debiased loss and its gradients are
+// exactly 0.
+struct SinkhornParams {
+  const void* x;        // (problems, n, d), and all that follows contiguous, in the dtype
+  const void* y;        // (problems, m, d)
+  const void* a;        // (problems, n)
+  const void* b;        // (problems, m)
+  const void* extra;    // (problems, n, m), or null
+  const void* extra_x;  // (problems, n, n), symmetric, or null
+  const void* extra_y;  // (problems, m, m), symmetric, or null
+  void* loss;           // (problems,)
+  void* f;              // (problems, n)
+  void* g;              // (problems, m)
+  void* f_self;         // (problems, n), or null
+  void* g_self;         // (problems, m), or null
+  void* grad_x;         // (problems, n, d), or null
+  void* grad_y;         // (problems, m, d), or null
+  void* grad_a;         // (problems, n), or null
+  void* grad_b;         // (problems, m), or null
+  void* plan;           // (problems, n, m), or null
+  void* plan_x;         // (problems, n, n), or null
+  void* plan_y;         // (problems, m, m), or null
+  double epsilon;
+  double rho;  // infinity: balanced
+  double tol;  // < 0: none
+  int64_t problems;
+  int64_t n;
+  int64_t m;
+  int64_t d;
+  int iterations;
+  Cost cost;
+  bool debias;
+  DType dtype;  // kFloat32 or kFloat64
+};
+
 namespace cpu {
 bool has_bf16_linear();
 void bf16_linear(const Bf16LinearParams& params, int threads);
@@ -339,6 +392,7 @@ void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void pool_mse(const PoolMseParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
+void sinkhorn(const SinkhornParams& params, int threads);
 void sliced_wasserstein(const SlicedWassersteinParams& params, int threads);
 }  // namespace cpu
 

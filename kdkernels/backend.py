@@ -546,6 +546,58 @@ def native_sliced_wasserstein(
     return sliced_wasserstein
 
 
+_COST_CODE = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}  # Cost in csrc/kdkernels.h
+
+
+def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def sinkhorn(
+        x: Tensor,  # (B, n, d); all tensors are contiguous, in one dtype
+        y: Tensor,  # (B, m, d)
+        a: Tensor,  # (B, n)
+        b: Tensor,  # (B, m)
+        extra: Sequence[Tensor],  # (B, n, m), (B, n, n), (B, m, m), the first of them, or none
+        cost: str,
+        epsilon: float,
+        rho: float,
+        iterations: int,
+        tol: float,
+        debias: bool,
+        loss: Tensor,  # (B,)
+        f: Tensor,  # (B, n)
+        g: Tensor,  # (B, m)
+        f_self: Tensor | None,  # (B, n)
+        g_self: Tensor | None,  # (B, m)
+        grad_x: Tensor | None,  # (B, n, d)
+        grad_y: Tensor | None,  # (B, m, d)
+        grad_a: Tensor | None,  # (B, n)
+        grad_b: Tensor | None,  # (B, m)
+        plans: Sequence[Tensor],  # as extra
+    ) -> None:
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            *x.shape[:2],
+            *y.shape[1:],
+            x.data_ptr(),
+            y.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            [_address(z) for z in (*extra, None, None, None)[:3]],
+            _COST_CODE[cost],
+            epsilon,
+            rho,
+            iterations,
+            tol,
+            debias,
+            *(_address(z) for z in (loss, f, g, f_self, g_self, grad_x, grad_y, grad_a, grad_b)),
+            [_address(z) for z in (*plans, None, None, None)[:3]],
+        )
+
+    return sinkhorn
+
+
 # What the native module has: the name of each kernel, and what makes its launcher.
 NATIVE = {
     "kl_div": native_kl_div,
@@ -559,6 +611,7 @@ NATIVE = {
 NATIVE_CPU = {
     "gaussian": native_gaussian,
     "masked_feature_loss": native_masked_feature_loss,
+    "sinkhorn": native_sinkhorn,
     "sliced_wasserstein": native_sliced_wasserstein,
 }
 
