@@ -344,9 +344,9 @@ enum class Cost : int32_t {
 //   plan_ij = a_i b_j e^z_ij, also of x with x and of y with y
 //
 // at the f and g that `iterations` of kdkernels/ops/sinkhorn.py give, fewer where all have changed
-// by at most `tol` >= 0. f_self and g_self are those of x with x and y with y. A null output is not
-// computed. Where x is y, a is b and there is no `extra`, the debiased loss and its gradients are
-// exactly 0.
+// by at most `tol` >= 0; 0 where a or b is. f_self and g_self are those of x with x and y with y. A
+// null output is not computed. Where x is y, a is b and the three `extra` are one, the debiased
+// loss and its gradients are exactly 0. A problem with a cost that is not finite is NaN.
 struct SinkhornParams {
   const void* x;        // (problems, n, d), and all that follows contiguous, in the dtype
   const void* y;        // (problems, m, d)

@@ -382,6 +382,87 @@ def test_equal_batches_are_exactly_zero(backend, cost, dtype):
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_equal_batches_with_equal_extra_costs(backend):
+    x, _ = (z.to(device_of(backend), torch.float32) for z in samples(2, 9, 5))
+    extra = torch.rand(2, 9, 9).to(x)
+    extra = (extra + extra.mT).requires_grad_()
+    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    loss = sinkhorn_divergence(*leaves, epsilon=0.2, extra_cost=(extra, extra, extra), backend=backend)
+    assert torch.equal(loss, torch.zeros_like(loss))
+    *of_features, of_extra = torch.autograd.grad(loss.sum(), (*leaves, extra))
+    assert not any(g.any() for g in of_features) and of_extra.abs().max() < 1e-6
+    other = extra.detach().clone()
+    other[1, 2, 2] += 1
+    moved = sinkhorn_divergence(x, x, epsilon=0.2, extra_cost=(extra, extra, other), backend=backend)
+    assert moved[0] == 0 and moved[1] != 0
+
+
+@over_costs
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows(backend, cost, bad):
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
+    x[0, 2, 1] = bad
+    x.requires_grad_()
+    for debias in (True, False):
+        loss = sinkhorn_divergence(x, y, cost=cost, epsilon=0.3, debias=debias, backend=backend)
+        [gradient] = torch.autograd.grad(loss.sum(), x)
+        assert loss[0].isnan() and loss[1].isfinite()
+        assert not gradient[0].isfinite().all() and gradient[1].isfinite().all()
+    plan = sinkhorn_plan(x, y, cost=cost, epsilon=0.3, backend=backend)
+    assert plan[0].isnan().any() and plan[1].isfinite().all()
+
+
+def test_no_samples(backend):
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
+    none = x[:, :0]
+    assert sinkhorn_plan(none, y, backend=backend).shape == (2, 0, 5)
+    assert sinkhorn_plan(x, y[:, :0], backend=backend).shape == (2, 6, 0)
+    f, g = potentials(none, y, backend=backend)
+    assert f.shape == (2, 0) and g.shape == (2, 5)
+    assert apply_plan(none, y, y, backend=backend).shape == (2, 0, 3)
+    assert torch.equal(apply_plan(x, y[:, :0], y[:, :0], backend=backend), torch.zeros_like(x))
+    extra = tuple(torch.ones(*sizes, device=x.device) for sizes in ((0, 5), (0, 0), (5, 5)))
+    assert not sinkhorn_divergence(none, y, extra_cost=extra, backend=backend).any()
+
+
+@pytest.mark.parametrize("absent", ["samples", "weight"])
+def test_a_side_without_mass_with_reach(backend, absent):
+    """What has nowhere to go is destroyed: ρ for each unit of mass."""
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(6, 3, m=5))
+    a, b = torch.zeros(6).to(x), some_weights(5).to(x)
+    if absent == "samples":
+        x, a = x[:0], a[:0]
+    options = {"epsilon": 0.3, "reach": 1.2, "max_iter": 200, "backend": backend}
+    weights = {"x_weights": a, "y_weights": b}
+    rho, mass = 1.44, b.sum()
+    got = sinkhorn_divergence(x, y, **weights, debias=False, **options)
+    assert torch.allclose(got, rho * mass)
+    own = sinkhorn_divergence(y, y, x_weights=b, y_weights=b, debias=False, **options)
+    expected = rho * mass - own / 2 + 0.15 * mass**2
+    assert torch.allclose(sinkhorn_divergence(x, y, **weights, **options), expected, rtol=1e-5)
+    swapped = sinkhorn_divergence(y, x, x_weights=b, y_weights=a, **options)
+    assert torch.allclose(swapped, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("reach", [None, 0.9])
+def test_labels_are_a_loop(backend, reach, given):
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 9, 4, m=9))
+    labels = torch.tensor([[3, 3, -1, 3, 3, -1, 7, 3, -1], [0] * 9], device=x.device)
+    weights = {}
+    if given:
+        weights = {"x_weights": some_weights(2, 9).to(x), "y_weights": some_weights(2, 9, seed=2).to(x)}
+    options = {"epsilon": 0.2, "reach": reach, "cost": "euclidean", "backend": backend}
+    got = sinkhorn_divergence(x, y, labels=labels, **weights, **options)
+    for i in range(2):
+        total = torch.zeros((), device=x.device)
+        for label in labels[i].unique():
+            here = labels[i] == label
+            own = {name: w[i, here] for name, w in weights.items()}
+            total = total + sinkhorn_divergence(x[i, here], y[i, here], **own, **options)
+        assert torch.allclose(got[i], total, rtol=1e-5, atol=1e-6)
+
+
 @over_costs
 def test_near_equal_batches(backend, cost):
     """A step away from y = x, unconverged: neither loss nor gradient may jump."""
@@ -674,7 +755,6 @@ BAD = [
     ({"y": torch.ones(2, 5, 3)}, ValueError, "same batch dimensions and d"),
     ({"y": torch.ones(5, 3).double()}, TypeError, "y must have x's dtype"),
     ({"x": torch.ones(4, 3).int(), "y": torch.ones(5, 3).int()}, TypeError, "x must be float64"),
-    ({"x": torch.ones(0, 3)}, ValueError, "x must have at least one sample"),
     ({"cost": "manhattan"}, ValueError, "cost must be one of sqeuclidean, euclidean, cosine"),
     ({"epsilon": 0}, ValueError, "epsilon must be finite and positive, got 0"),
     ({"epsilon": math.inf}, ValueError, "epsilon must be finite and positive"),
@@ -692,6 +772,12 @@ BAD = [
         ValueError,
         "extra_cost\\[1\\] must have shape",
     ),
+    (
+        {"y": torch.ones(4, 3), "labels": torch.zeros(4).long(), "extra_cost": torch.ones(4, 4)},
+        ValueError,
+        "extra_cost must be None where labels are given",
+    ),
+    ({"labels": torch.zeros(4).long()}, ValueError, "the same samples, got n 4 and m 5"),
     ({"backend": "nonesuch"}, ValueError, "backend must be None or one of"),
     ({"backend": "triton"}, ValueError, "has no backend 'triton'"),
 ]

@@ -17,7 +17,9 @@
 // Many problems go to a thread each; the rows of few are shared out. Blocks of rows and the order
 // of their sums do not depend on that.
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <limits>
 #include <new>
 #include <vector>
 
@@ -321,7 +323,8 @@ Kernels<T> kernels_here() {
 
 // --------------------------------------------------------------------------- loops over one row
 
-// From sums of pairs to costs, in place; the largest |cost| of the first `count`.
+// From sums of pairs to costs, in place; the largest |cost| of the first `count`, infinity where
+// one is not finite.
 template <typename T>
 KDK_INLINE T finish_row(Cost cost, const T* extra, int64_t count, int64_t ld, T* row) {
   if (cost == Cost::kEuclidean) {
@@ -335,11 +338,13 @@ KDK_INLINE T finish_row(Cost cost, const T* extra, int64_t count, int64_t ld, T*
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) row[j] += extra[j];
   }
-  T largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < count; ++j)
+  T largest = 0, zero = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
+  for (int64_t j = 0; j < count; ++j) {
     largest = std::fabs(row[j]) > largest ? std::fabs(row[j]) : largest;
-  return largest;
+    zero += 0 * row[j];
+  }
+  return zero == 0 ? largest : std::numeric_limits<T>::infinity();
 }
 
 template <typename T>
@@ -520,6 +525,11 @@ struct Team {
 };
 
 template <typename T>
+void fill(T* out, int64_t size, double value) {
+  if (out != nullptr) std::fill_n(out, size, static_cast<T>(value));
+}
+
+template <typename T>
 struct Tiles {
   Buffer<T> K, C, product;
 };
@@ -552,7 +562,17 @@ class Transport {
     largest_.resize(blocks_);
     if (stored_) C_.resize(height_ * ld_), K_.resize(height_ * ld_);
     find_costs();
-    iterate();
+    const double largest = *std::max_element(largest_.data(), largest_.data() + blocks_);
+    finite_ = largest < INFINITY;
+    if (!finite_) {
+      f64_.assign(rows.count, NAN), g64_.assign(columns.count, NAN);
+      return NAN;
+    }
+    if (rows.mass > 0 && columns.mass > 0) {
+      iterate(largest);
+    } else if (stored_) {  // there is nothing to move
+      make_kernel(params_.epsilon);
+    }
     return finish_potentials();
   }
 
@@ -563,6 +583,11 @@ class Transport {
     const Side<T>& there = of_columns ? *rows_ : *columns_;
     const T* scale = of_columns ? v_.data() : u_.data();
     const T* potential = of_columns ? g_.data() : f_.data();
+    if (!finite_) {
+      fill(grad, here.count * here.d, NAN), fill(grad_weights, here.count, NAN);
+      fill(plan, here.count * there.count, NAN);
+      return;
+    }
     T* w = w_.data();
     const T* other = of_columns ? u_.data() : v_.data();
     for (int64_t j = 0; j < there.width; ++j)
@@ -622,8 +647,7 @@ class Transport {
     });
   }
 
-  void iterate() {
-    const double largest = *std::max_element(largest_.data(), largest_.data() + blocks_);
+  void iterate(double largest) {
     const int steps = params_.iterations / 2;
     double ratio = 0.5;
     if (!(largest * std::pow(0.5, steps) <= params_.epsilon)) {
@@ -898,6 +922,7 @@ class Transport {
   const T* extra_ = nullptr;
   bool symmetric_ = false;
   bool stored_ = false;
+  bool finite_ = true;
   int64_t ld_ = 0, height_ = 0, blocks_ = 0;
   Buffer<T> C_, K_, F_, G_, u_, v_, w_, next_, partial_, largest_, f_, g_;
   std::vector<double> f64_, g64_;
@@ -916,11 +941,6 @@ template <typename T>
 void store_potential(const std::vector<double>& values, T* out) {
   if (out == nullptr) return;
   for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<T>(values[i]);
-}
-
-template <typename T>
-void clear(T* out, int64_t size) {
-  if (out != nullptr) std::fill_n(out, size, T(0));
 }
 
 // One problem with all that is asked of it.
@@ -942,7 +962,7 @@ class Worker {
     T* grad_b = row_of<T>(params_.grad_b, p, m);
     T* plan = row_of<T>(params_.plan, p, n * m);
     const T* extra = row_of<T>(params_.extra, p, n * m);
-    clear(grad_x, n * d), clear(grad_y, m * d), clear(grad_a, n), clear(grad_b, m);
+    fill(grad_x, n * d, 0), fill(grad_y, m * d, 0), fill(grad_a, n, 0), fill(grad_b, m, 0);
 
     double value = 0;
     if (params_.debias) {
@@ -951,18 +971,21 @@ class Worker {
       // Half of a problem whose two sides are one: a side's gradient.
       value -= transport_.solve(x_, x_, extra_x) / 2;
       store_potential(transport_.f(), row_of<T>(params_.f_self, p, n));
-      if (extra == nullptr && same()) {  // the same problem thrice
+      T* plan_x = row_of<T>(params_.plan_x, p, n * n);
+      T* plan_y = row_of<T>(params_.plan_y, p, m * m);
+      if (std::isfinite(value) && same(extra, extra_x) &&
+          same(extra, extra_y)) {  // the same problem thrice
         store_potential(transport_.f(), f), store_potential(transport_.f(), g);
         store_potential(transport_.f(), row_of<T>(params_.g_self, p, m));
-        if (plan != nullptr) transport_.gradient(false, 0, nullptr, nullptr, plan);
+        for (T* out : {plan, plan_x, plan_y}) {
+          if (out != nullptr) transport_.gradient(false, 0, nullptr, nullptr, out);
+        }
         static_cast<T*>(params_.loss)[p] = 0;
         return;
       }
-      T* plan_x = row_of<T>(params_.plan_x, p, n * n);
       if (grad_x || grad_a || plan_x) transport_.gradient(false, -1, grad_x, grad_a, plan_x);
       value -= transport_.solve(y_, y_, extra_y) / 2;
       store_potential(transport_.f(), row_of<T>(params_.g_self, p, m));
-      T* plan_y = row_of<T>(params_.plan_y, p, m * m);
       if (grad_y || grad_b || plan_y) transport_.gradient(false, -1, grad_y, grad_b, plan_y);
     }
     value += transport_.solve(x_, y_, extra);
@@ -973,9 +996,12 @@ class Worker {
   }
 
  private:
-  bool same() const {
-    return x_.count == y_.count && std::equal(x_.points, x_.points + x_.count * x_.d, y_.points) &&
-           std::equal(x_.weights, x_.weights + x_.count, y_.weights);
+  // x and y, their weights, and what is added to the costs.
+  bool same(const T* extra, const T* other) const {
+    const int64_t n = x_.count;
+    return n == y_.count && std::equal(x_.points, x_.points + n * x_.d, y_.points) &&
+           std::equal(x_.weights, x_.weights + n, y_.weights) &&
+           (extra == nullptr || std::equal(extra, extra + n * n, other));
   }
 
   const SinkhornParams& params_;

@@ -35,8 +35,10 @@ from torch import Tensor
 from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import (
     FeatureLoss,
+    by_class,
     check_at_least,
     check_choice,
+    check_class_labels,
     check_features,
     check_sample_weights,
     proportions,
@@ -152,7 +154,8 @@ def _potentials(
             moving = moving & ~((k >= levels) & (change <= tol))[:, None]
             if not moving.any():
                 break
-    return f, g
+    there = ((a.sum(-1) > 0) & (b.sum(-1) > 0))[:, None]
+    return torch.where(there, f, 0), torch.where(there, g, 0)
 
 
 def _level(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,10 +188,10 @@ def _reference(
     plans: Sequence[Tensor],  # (B, n, m), (B, n, n), (B, m, m), or none
 ) -> None:
     """The specification, in plain PyTorch."""
-    more = [*extra, None, None, None]
-    problems = [(x, a, y, b, more[0])]
+    added_to = [*extra, None, None, None]
+    problems = [(x, a, y, b, added_to[0])]
     if debias:
-        problems += [(x, a, x, a, more[1]), (y, b, y, b, more[2])]
+        problems += [(x, a, x, a, added_to[1]), (y, b, y, b, added_to[2])]
     value = torch.zeros_like(loss)
     of_x, of_y, of_a, of_b = (torch.zeros_like(z) for z in (x, y, a, b))
     for i, (u, u_weights, v, v_weights, added) in enumerate(problems):
@@ -212,8 +215,10 @@ def _reference(
         if i != 1:
             of_y += sign * _side_gradient(plan.mT, v, u, costs.mT, None if added is None else added.mT, cost)
             of_b += sign * _weight_gradient(shares.mT, q, u_weights, epsilon, rho)
-    if debias and x.shape == y.shape and not extra:  # to the last bit: where it is the same problem thrice
+    if debias and x.shape == y.shape:  # to the last bit: where it is the same problem thrice
         other = ~((x == y).all(-1) & (a == b)).all(-1)
+        for more in extra[1:]:
+            other = other | (extra[0] != more).any(-1).any(-1)
         value, of_a, of_b = value * other, of_a * other[:, None], of_b * other[:, None]
         of_x, of_y = of_x * other[:, None, None], of_y * other[:, None, None]
     loss.copy_(value)
@@ -489,9 +494,6 @@ class _Problem:
         backend: str | None,
     ) -> None:
         check_features(x, y)
-        for name, value in (("x", x), ("y", y)):
-            if value.shape[-2] == 0:
-                raise ValueError(f"{name} must have at least one sample, got {tuple(value.shape)}")
         check_choice(cost, "cost", COSTS)
         check_positive(epsilon, "epsilon")
         if isinstance(max_iter, bool) or not isinstance(max_iter, int):
@@ -504,7 +506,7 @@ class _Problem:
         if reach is not None:
             check_positive(reach, "reach")
             rho = float(reach) ** (2 if cost == "sqeuclidean" else 1)
-        self.backend = resolve(backend, x, "x", has=("reference", "cpu", "cuda"))
+        self.backend = resolve(backend, x, "x", has=("reference", "cpu"))
         x_weights = check_sample_weights(x_weights, x, "x_weights")
         y_weights = check_sample_weights(y_weights, y, "y_weights")
         extras = _check_extra_cost(extra_cost, x, y, debias)
@@ -518,10 +520,22 @@ class _Problem:
             x_weights = proportions(x_weights, x)
         if reach is None or y_weights is None:
             y_weights = proportions(y_weights, y)
+        # No samples are one without weight.
+        self.n, self.m = x.shape[-2], y.shape[-2]
+        more_x, more_y = (0, int(self.n == 0)), (0, int(self.m == 0))
+        inputs = [
+            _padded(x, (0, 0), more_x),
+            _padded(y, (0, 0), more_y),
+            _padded(x_weights, more_x),
+            _padded(y_weights, more_y),
+            _padded(extras[0], more_y, more_x),
+            _padded(extras[1], more_x, more_x),
+            _padded(extras[2], more_y, more_y),
+        ]
         problems = math.prod(self.batch)
         self.inputs = [
             None if z is None else z.reshape(problems, *z.shape[len(self.batch) :]).contiguous()
-            for z in (x, y, x_weights, y_weights, *extras)
+            for z in inputs
         ]
 
     def run(self, plan: bool = False) -> list[Tensor]:
@@ -547,6 +561,13 @@ def _directions(x: Tensor) -> Tensor:
     """Rows of length 1, and 0 where they are 0."""
     length = square_root(x.square().sum(-1, keepdim=True))
     return x / torch.where(length > 0, length, 1)
+
+
+def _padded(z: Tensor | None, *more: tuple[int, int]) -> Tensor | None:
+    """With so many zeros before and after along the last dimension, the last but one…"""
+    if z is None or not any(map(any, more)):
+        return z
+    return torch.nn.functional.pad(z, [count for pair in more for count in pair])
 
 
 def _check_extra_cost(extra_cost: Any, x: Tensor, y: Tensor, debias: bool) -> list[Tensor | None]:
@@ -586,6 +607,7 @@ def sinkhorn_divergence(
     reach: float | None = None,
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
+    labels: Tensor | None = None,
     extra_cost: Extra = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -619,10 +641,15 @@ def sinkhorn_divergence(
         debias: as above.
         reach: as above; None: the marginals are a and b.
         x_weights, y_weights: floating (..., n) and (..., m), ≥ 0, differentiable. Without ``reach`` they are divided
-            by their sum, and a problem that has none on either side is 0; with it they are masses. Values are
-            checked on the CPU only.
+            by their sum, and a problem that has none (or no samples) on either side is 0; with it they are masses.
+            Values are checked on the CPU only.
+        labels: integers (..., n), x and y being the same samples through two networks (n = m): the sum over the classes
+            present of the divergence of each class's samples, each with weights of its own that are divided by their
+            sum (with ``reach``, where weights are given: masses as they are). All classes are one batch of problems. A
+            GPU is waited for.
         extra_cost: floating (..., n, m), or (n, m) for all problems: added to the cost, differentiable (the
             gradient is the plan). Debiased, a tuple of three: for x and y, x and x (symmetric), y and y (symmetric).
+            Finite; not taken with ``labels``.
         backend: "reference", "cpu" or "cuda" (while a problem fits into a multiprocessor's memory); None takes the
             best that there is. A named one is obeyed or raises.
 
@@ -639,6 +666,32 @@ def sinkhorn_divergence(
 
     >>> loss = ce + 1e-2 * kdkernels.sinkhorn_divergence(student_features, teacher_features, epsilon=1.0)
     """
+    if labels is not None:
+        check_features(x, y)
+        checked = check_class_labels(labels, x, y)
+        assert checked is not None
+        if extra_cost is not None:
+            raise ValueError("extra_cost must be None where labels are given")
+        classes = []
+        for z, given, name in ((x, x_weights, "x_weights"), (y, y_weights, "y_weights")):
+            each, weights = by_class(z, check_sample_weights(given, z, name), checked)
+            classes.append(
+                (each, weights if reach is None or given is not None else proportions(weights, each))
+            )
+        (x, x_weights), (y, y_weights) = classes
+        return sinkhorn_divergence(
+            x,
+            y,
+            cost=cost,
+            epsilon=epsilon,
+            max_iter=max_iter,
+            tol=tol,
+            debias=debias,
+            reach=reach,
+            x_weights=x_weights,
+            y_weights=y_weights,
+            backend=backend,
+        ).sum(-1)
     problem = _Problem(
         x, y, cost, epsilon, max_iter, tol, debias, reach, x_weights, y_weights, extra_cost, backend
     )
@@ -651,9 +704,13 @@ def sinkhorn_divergence(
     a, b = inputs[2], inputs[3]
     assert a is not None and b is not None
     if reach is not None:
+        mass, other = a.sum(-1), b.sum(-1)
+        # What has nowhere to go is destroyed.
+        alone = (mass == 0) | (other == 0)
+        loss = loss + torch.where(alone, problem.options[2] * (mass + other), 0)
         if debias:
-            loss = loss + 0.5 * float(epsilon) * (a.sum(-1) - b.sum(-1)).square()
-    elif x_weights is not None or y_weights is not None:
+            loss = loss + 0.5 * float(epsilon) * (mass - other).square()
+    elif x_weights is not None or y_weights is not None or 0 in (problem.n, problem.m):
         loss = torch.where((a.detach().sum(-1) > 0) & (b.detach().sum(-1) > 0), loss, 0)
     return problem.shaped(loss)
 
@@ -686,7 +743,7 @@ def potentials(
         x, y, cost, epsilon, max_iter, tol, False, reach, x_weights, y_weights, extra_cost, backend
     )
     f, g = problem.run()
-    return problem.shaped(f), problem.shaped(g)
+    return problem.shaped(f)[..., : problem.n], problem.shaped(g)[..., : problem.m]
 
 
 def sinkhorn_plan(
@@ -710,7 +767,7 @@ def sinkhorn_plan(
     problem = _Problem(
         x, y, cost, epsilon, max_iter, tol, False, reach, x_weights, y_weights, extra_cost, backend
     )
-    return problem.shaped(problem.run(plan=True)[-1])
+    return problem.shaped(problem.run(plan=True)[-1])[..., : problem.n, : problem.m]
 
 
 class _Apply(torch.autograd.Function):
@@ -778,13 +835,15 @@ def apply_plan(
         raise ValueError(f"v must be on x's device {x.device}, got {v.device}")
     f, g = problem.run()
     inputs = [None if z is None else z.detach() for z in problem.inputs[:5]]
-    columns = v.to(problem.out).reshape(-1, *v.shape[-2:])
-    return problem.shaped(_Apply.apply(columns, f, g, *problem.options[:2], *inputs))
+    columns = _padded(v.to(problem.out), (0, 0), (0, int(problem.m == 0)))
+    assert columns is not None
+    columns = columns.reshape(math.prod(problem.batch), *columns.shape[-2:])
+    return problem.shaped(_Apply.apply(columns, f, g, *problem.options[:2], *inputs))[..., : problem.n, :]
 
 
 class SinkhornDivergenceLoss(FeatureLoss):
-    """`sinkhorn_divergence` as a module: ``SinkhornDivergenceLoss(epsilon=1.0)(x, y)``; weights and ``extra_cost`` are
-    given with each call."""
+    """`sinkhorn_divergence` as a module: ``SinkhornDivergenceLoss(epsilon=1.0)(x, y)``; weights, labels and
+    ``extra_cost`` are given with each call."""
 
     function = staticmethod(sinkhorn_divergence)
-    per_call = ("x_weights", "y_weights", "extra_cost")
+    per_call = ("x_weights", "y_weights", "labels", "extra_cost")
