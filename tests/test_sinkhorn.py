@@ -660,9 +660,16 @@ def test_gradcheck_of_extra_cost(backend):
         pytest.skip("gradcheck is of float64")
     x, y = samples(3, 2, m=2)
     extra = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    loss = partial(sinkhorn_divergence, x, y, epsilon=0.5, max_iter=120, debias=False, backend=backend)
-    assert torch.autograd.gradcheck(lambda z: loss(extra_cost=z), extra)
-    assert torch.autograd.gradgradcheck(lambda z: loss(extra_cost=z), extra)
+    loss = partial(sinkhorn_divergence, x, y, epsilon=0.5, max_iter=120, backend=backend)
+    assert torch.autograd.gradcheck(lambda z: loss(extra_cost=z, debias=False), extra)
+    assert torch.autograd.gradgradcheck(lambda z: loss(extra_cost=z, debias=False), extra)
+    own_x, own_y = (torch.rand(k, k, dtype=torch.float64, requires_grad=True) for k in (3, 2))
+
+    def debiased(z: Tensor, z_x: Tensor, z_y: Tensor) -> Tensor:
+        return loss(extra_cost=(z, z_x + z_x.mT, z_y + z_y.mT))
+
+    assert torch.autograd.gradcheck(debiased, (extra, own_x, own_y))
+    assert torch.autograd.gradgradcheck(debiased, (extra, own_x, own_y))
 
 
 def test_double_backward(backend):
