@@ -367,6 +367,8 @@ struct SinkhornParams {
   void* plan;           // (problems, n, m), or null
   void* plan_x;         // (problems, n, n), or null
   void* plan_y;         // (problems, m, m), or null
+  void* scratch;        // of CUDA with debias: (3, problems) doubles, then a float for each element
+                        // of the gradients that are asked for
   double epsilon;
   double rho;  // infinity: balanced
   double tol;  // < 0: none
@@ -404,6 +406,7 @@ int multi_teacher_kl_div(const MultiTeacherKlDivParams& params, void* stream);
 int pool_mse(const PoolMseParams& params, void* stream);
 int topk_kl_div(const TopkKlDivParams& params, void* stream);
 int scale_rows(const ScaleRowsParams& params, void* stream);
+int sinkhorn(const SinkhornParams& params, void* stream);
 const char* error_string(int error);
 }  // namespace cuda
 

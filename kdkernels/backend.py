@@ -575,6 +575,10 @@ def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) ->
         grad_b: Tensor | None,  # (B, m)
         plans: Sequence[Tensor],  # as extra
     ) -> None:
+        scratch = None
+        if debias and where is not _threads:
+            elements = sum(z.numel() for z in (grad_x, grad_y, grad_a, grad_b) if z is not None)
+            scratch = torch.empty(24 * x.shape[0] + 4 * elements, dtype=torch.uint8, device=x.device)
         run(
             where(x),
             _DTYPE_CODE[x.dtype],
@@ -593,6 +597,7 @@ def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) ->
             debias,
             *(_address(z) for z in (loss, f, g, f_self, g_self, grad_x, grad_y, grad_a, grad_b)),
             [_address(z) for z in (*plans, None, None, None)[:3]],
+            _address(scratch),
         )
 
     return sinkhorn
@@ -605,13 +610,15 @@ NATIVE = {
     "multi_teacher_kl_div": native_multi_teacher_kl_div,
     "pool_mse": native_pool_mse,
     "scale_rows": native_scale_rows,
+    "sinkhorn": native_sinkhorn,
     "topk_kl_div": native_topk_kl_div,
 }
-# What it has for the CPU alone.
+# What Triton has: a problem's iterations in one block are C++.
+TRITON = (*(name for name in NATIVE if name != "sinkhorn"), "linear_loss")
+# What the native module has for the CPU alone.
 NATIVE_CPU = {
     "gaussian": native_gaussian,
     "masked_feature_loss": native_masked_feature_loss,
-    "sinkhorn": native_sinkhorn,
     "sliced_wasserstein": native_sliced_wasserstein,
 }
 
@@ -624,7 +631,7 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
             if _C.with_cuda:
                 table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
     if importlib.util.find_spec("triton") is not None:
-        for name in (*NATIVE, "linear_loss"):
+        for name in TRITON:
             table["triton", name] = _first_use(name)
     for name, launcher_over in NATIVE_CPU.items():
         if _C is not None:

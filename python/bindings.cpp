@@ -291,7 +291,8 @@ SinkhornParams sinkhorn_params(int dtype, int64_t problems, int64_t n, int64_t m
                                int cost, double epsilon, double rho, int iterations, double tol,
                                bool debias, uintptr_t loss, uintptr_t f, uintptr_t g,
                                uintptr_t f_self, uintptr_t g_self, uintptr_t grad_x,
-                               uintptr_t grad_y, uintptr_t grad_a, uintptr_t grad_b, Three plan) {
+                               uintptr_t grad_y, uintptr_t grad_a, uintptr_t grad_b, Three plan,
+                               uintptr_t scratch) {
   SinkhornParams params;
   params.x = address<const void>(x);
   params.y = address<const void>(y);
@@ -312,6 +313,7 @@ SinkhornParams sinkhorn_params(int dtype, int64_t problems, int64_t n, int64_t m
   params.plan = address<void>(plan[0]);
   params.plan_x = address<void>(plan[1]);
   params.plan_y = address<void>(plan[2]);
+  params.scratch = address<void>(scratch);
   params.epsilon = epsilon;
   params.rho = rho;
   params.tol = tol;
@@ -376,6 +378,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(m, "cuda_pool_mse", pool_mse_params, cuda::pool_mse);
   bind_cuda(m, "cuda_topk_kl_div", topk_kl_div_params, cuda::topk_kl_div);
   bind_cuda(m, "cuda_scale_rows", scale_rows_params, cuda::scale_rows);
+  bind_cuda(m, "cuda_sinkhorn", sinkhorn_params, cuda::sinkhorn);
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;

@@ -23,7 +23,7 @@ from kdkernels import (
     sinkhorn_plan,
 )
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 over_costs = pytest.mark.parametrize("cost", COSTS)
@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _ready(request.param, request)
 
 
-PAIRS = [(b, t) for b in BACKENDS for t in FLOATS]
+PAIRS = [(b, t) for b in BACKENDS for t in FLOATS if (b, t) != ("cuda", torch.float64)]
 
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]}-{str(pair[1]).removeprefix('torch.')}")
@@ -45,6 +45,11 @@ def backend_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
 def precise(backend: str) -> torch.dtype:
     """The most precise dtype that the backend takes."""
     return torch.float32 if backend == "cuda" else torch.float64
+
+
+def enough(backend: str, max_iter: int) -> int:
+    """Fewer where a thread of a device is a fiber, which takes a millisecond for each iteration."""
+    return max_iter if backend != "cuda" or device_of(backend) == "cuda" else min(max_iter, 300)
 
 
 def samples(
@@ -270,7 +275,13 @@ def test_value_and_plan_of_an_independent_solver(backend, cost, rho):
     a, b = some_weights(9), some_weights(6, seed=2)
     a, b = a / a.sum(), b / b.sum()
     reach = None if rho == math.inf else rho ** (1 / (2 if cost == "sqeuclidean" else 1))
-    options = {"cost": cost, "epsilon": 0.1, "max_iter": 2000, "reach": reach, "backend": backend}
+    options = {
+        "cost": cost,
+        "epsilon": 0.1,
+        "max_iter": enough(backend, 2000),
+        "reach": reach,
+        "backend": backend,
+    }
     value, plan = solve(costs_of(x, y, cost).numpy(), a.numpy(), b.numpy(), 0.1, rho)
     weights = {"x_weights": a, "y_weights": b}
     device = device_of(backend)
@@ -302,7 +313,7 @@ def test_masses_with_reach(backend):
     dtype = precise(backend)
     x, y = (z.to(device_of(backend), dtype) for z in samples(6, 3, m=5))
     a, b = 2 * some_weights(6).to(x), 0.7 * some_weights(5, seed=2).to(x)
-    options = {"epsilon": 0.2, "reach": 0.9, "max_iter": 500, "backend": backend}
+    options = {"epsilon": 0.2, "reach": 0.9, "max_iter": enough(backend, 500), "backend": backend}
     rho = 0.81
     f, g = potentials(x, y, x_weights=a, y_weights=b, **options)
     f_x, _ = potentials(x, x, x_weights=a, y_weights=a, **options)
@@ -319,7 +330,7 @@ def test_masses_with_reach(backend):
 def test_marginals(backend):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(3, 20, 8, m=30))
     for cost in COSTS:
-        plan = sinkhorn_plan(x, y, cost=cost, epsilon=0.1, max_iter=1000, backend=backend)
+        plan = sinkhorn_plan(x, y, cost=cost, epsilon=0.1, max_iter=enough(backend, 1000), backend=backend)
         assert (plan.sum(-1) - 1 / 20).abs().max() < 1e-6
         assert (plan.sum(-2) - 1 / 30).abs().max() < 1e-6
         assert (plan >= 0).all()
@@ -361,7 +372,7 @@ def test_small_epsilon_is_the_assignment(backend, cost):
     x, y = (z.to(device_of(backend), precise(backend)) for z in samples(10, 4))
     costs = costs_of(x.cpu(), y.cpu(), cost).numpy()
     rows, columns = linear_sum_assignment(costs)
-    options = {"cost": cost, "epsilon": 2e-3, "max_iter": 3000, "backend": backend}
+    options = {"cost": cost, "epsilon": 2e-3, "max_iter": enough(backend, 3000), "backend": backend}
     exact = costs[rows, columns].mean()
     # Σγ C ≤ OT_ε ≤ W + ε log n
     assert -1e-5 < sinkhorn_divergence(x, y, debias=False, **options) - exact < 2e-3 * math.log(10) + 1e-5
@@ -511,7 +522,7 @@ def test_zero_vectors_have_cosine_zero(backend):
 @over_costs
 def test_symmetry_and_positivity(backend, cost):
     x, y = (z.to(device_of(backend), precise(backend)) for z in samples(3, 9, 4, m=9))
-    options = {"cost": cost, "epsilon": 0.1, "max_iter": 1000, "backend": backend}
+    options = {"cost": cost, "epsilon": 0.1, "max_iter": enough(backend, 1000), "backend": backend}
     there, back = sinkhorn_divergence(x, y, **options), sinkhorn_divergence(y, x, **options)
     assert torch.allclose(there, back, atol=1e-9 if precise(backend) == torch.float64 else 1e-6)
     assert (there > 0).all()
@@ -552,7 +563,7 @@ def test_zero_weights_are_absent_samples(backend):
 def test_tol(backend):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(3, 12, 4, m=9))
     options = {"epsilon": 0.2, "backend": backend}
-    full = sinkhorn_divergence(x, y, max_iter=1000, **options)
+    full = sinkhorn_divergence(x, y, max_iter=enough(backend, 1000), **options)
     early = sinkhorn_divergence(x, y, max_iter=1000, tol=1e-3, **options)
     assert torch.allclose(early, full, atol=1e-2) and not torch.equal(early, full)
     at_once = sinkhorn_divergence(x, y, max_iter=1000, tol=1e9, **options)
@@ -845,6 +856,19 @@ def test_few_iterations_are_finite(backend):
             loss = sinkhorn_divergence(leaf, 1 + y, debias=False, **options)
             assert torch.isfinite(potentials(x, 1 + y, **options)[0]).all()
             assert not torch.isnan(loss).any()
+
+
+def test_cuda_has_problems_that_fit_into_shared_memory(request):
+    _ready("cuda", request)
+    x, y = samples(1, 172, 3, m=170, dtype=torch.float32)  # the costs fit, their exponentials do not
+    compare("cuda", {"x": x, "y": y, "epsilon": 0.3, "max_iter": 8})
+    compare("cuda", {"x": x, "y": y, "epsilon": 0.3, "max_iter": 8, "cost": "euclidean", "debias": False})
+    x, y = (z.to(device_of("cuda"), torch.float32) for z in samples(1, 260, 3, m=8))
+    options = {"max_iter": 1, "epsilon": 0.3}
+    with pytest.raises(ValueError, match=r"whose costs fit into .* n = 260 and m = 8"):
+        sinkhorn_divergence(x, y, backend="cuda", **options)
+    assert sinkhorn_divergence(x, y, debias=False, backend="cuda", **options).isfinite()
+    assert sinkhorn_divergence(x, y, **options).isfinite()
 
 
 @pytest.mark.parametrize(("n", "m", "problems"), [(300, 270, 1), (129, 513, 1), (40, 30, 7)])

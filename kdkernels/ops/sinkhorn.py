@@ -506,7 +506,7 @@ class _Problem:
         if reach is not None:
             check_positive(reach, "reach")
             rho = float(reach) ** (2 if cost == "sqeuclidean" else 1)
-        self.backend = resolve(backend, x, "x", has=("reference", "cpu"))
+        self.backend = _resolve(backend, x, y, debias)
         x_weights = check_sample_weights(x_weights, x, "x_weights")
         y_weights = check_sample_weights(y_weights, y, "y_weights")
         extras = _check_extra_cost(extra_cost, x, y, debias)
@@ -548,6 +548,26 @@ class _Problem:
 
     def shaped(self, z: Tensor) -> Tensor:
         return z.reshape((*self.batch, *z.shape[1:]))
+
+
+def _resolve(backend: str | None, x: Tensor, y: Tensor, debias: bool) -> str:
+    """As `resolve`, where the cuda backend has problems that fit into a multiprocessor's shared memory."""
+    n, m = max(x.shape[-2], 1), max(y.shape[-2], 1)
+    rows, columns = (max(n, m),) * 2 if debias else (n, m)
+    # Costs, vectors and staging of csrc/cuda/sinkhorn.cu, which checks it again.
+    needed = 4 * rows * (columns | 1) + 36 * max(n, m) + 8224
+    there = 232_448  # of a device of today with the most; what the kernels have on CPU memory
+    if x.is_cuda:
+        properties = torch.cuda.get_device_properties(x.device)
+        there = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    if needed <= there:
+        return resolve(backend, x, "x", has=("reference", "cpu", "cuda"))
+    if backend == "cuda":
+        raise ValueError(
+            f"backend 'cuda' has problems whose costs fit into {there} bytes of shared memory; n = {n} and m = {m} "
+            f"take {needed}"
+        )
+    return resolve(backend, x, "x", has=("reference", "cpu"))
 
 
 def check_positive(value: Any, name: str) -> None:
