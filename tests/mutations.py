@@ -38,7 +38,8 @@ CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.
 LINEAR, PROJECTION = "kdkernels/ops/linear_loss.py", "kdkernels/ops/projection.py"
 STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/shared_classifier_loss.py"
 CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
-CPU_SINKHORN, OP_SINKHORN = "csrc/cpu/sinkhorn.cpp", "kdkernels/ops/sinkhorn.py"
+CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
+OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
 )
@@ -286,6 +287,20 @@ MUTATIONS = [
     Mutation("sinkhorn cpu: what is not finite unnoticed", CPU_SINKHORN, "return zero == 0 ? largest :", "return true ? largest :", sinkhorn("cpu", "finite_shows")),
     Mutation("sinkhorn cpu: a side without mass", CPU_SINKHORN, "if (rows.mass > 0 && columns.mass > 0) {", "if (true) {", sinkhorn("cpu", "without_mass")),
     Mutation("sinkhorn cpu: tol ignored", CPU_SINKHORN, "if (change <= params_.tol) break;", "", sinkhorn("cpu", "tol")),
+    Mutation("sinkhorn cuda: zero gradient", CUDA_SINKHORN, "= scale * weights[i] * value;", "= 0 * scale * weights[i] * value;", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: sign of y's gradient", CUDA_SINKHORN, "factor, true, 1.0f, masses[0]", "factor, true, -1.0f, masses[0]", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: no gradient of OT(x, x)", CUDA_SINKHORN, "static_cast<float*>(grad)[i] += part[i];", "static_cast<float*>(grad)[i] += 0 * part[i];", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: last feature skipped", CUDA_SINKHORN, "begin + k < depth ? b(", "begin + k < depth - 1 ? b(", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: a barrier missing", CUDA_SINKHORN, "factor);\n    __syncthreads();\n    if (!symmetric) {", "factor);\n    if (!symmetric) {", "tests/test_cuda_on_cpu.py -k sinkhorn"),
+    Mutation("sinkhorn cuda: scalings not absorbed", CUDA_SINKHORN, "if (flags[0] != 0) {", "if (false) {", sinkhorn("cuda", "small_epsilon or far")),
+    Mutation("sinkhorn cuda: kernel values not made again", CUDA_SINKHORN, "if (stale) make_kernel();\n    stale", "if (k == 0) make_kernel();\n    stale", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: weights' gradient without the excess", CUDA_SINKHORN, "params.epsilon * (s[0] - mass)", "0 * (s[0] - mass)", sinkhorn("cuda", "weights")),
+    Mutation("sinkhorn cuda: extra costs ignored", CUDA_SINKHORN, "if (extra != nullptr) cost +=", "if (false) cost +=", sinkhorn("cuda", "extra_cost")),
+    Mutation("sinkhorn cuda: extra costs taken for equal", CUDA_SINKHORN, "if (params.extra != nullptr) {", "if (false) {", sinkhorn("cuda", "equal_extra")),
+    Mutation("sinkhorn cuda: what is not finite unnoticed", CUDA_SINKHORN, "fabsf(cost) < INFINITY ?", "true ?", sinkhorn("cuda", "finite_shows")),
+    Mutation("sinkhorn cuda: a side without mass", CUDA_SINKHORN, "masses[0] == 0 || masses[1] == 0 ? 0 :", "false ? 0 :", sinkhorn("cuda", "without_mass")),
+    Mutation("sinkhorn cuda: tol ignored", CUDA_SINKHORN, "if (look && flags[1] * epsilon <= params.tol) break;", "", sinkhorn("cuda", "tol")),
+    Mutation("sinkhorn: a named backend replaced where it does not fit", OP_SINKHORN, 'if backend == "cuda":\n', 'if False:\n', sinkhorn("cuda", "fit_into")),
     Mutation("sinkhorn: reach ignored", OP_SINKHORN, "softmin if rho == math.inf else rho / (rho + epsilon) * softmin", "softmin", sinkhorn("reference", "independent or masses")),
     Mutation("sinkhorn: masses' difference not charged", OP_SINKHORN, "0.5 * float(epsilon) * (mass - other)", "0.0 * (mass - other)", sinkhorn("reference", "masses")),
     Mutation("sinkhorn: half the gradient", OP_SINKHORN, '(2 if cost == "sqeuclidean" else 1) * (plan', "1 * (plan", sinkhorn("reference", "gradcheck")),
