@@ -221,6 +221,11 @@ def _reference(
             other = other | (extra[0] != more).any(-1).any(-1)
         value, of_a, of_b = value * other, of_a * other[:, None], of_b * other[:, None]
         of_x, of_y = of_x * other[:, None, None], of_y * other[:, None, None]
+        assert f_self is not None
+        for solution in (f, g):
+            solution.copy_(torch.where(other[:, None], solution, f_self))
+        for plan in plans[1:]:
+            plans[0].copy_(torch.where(other[:, None, None], plans[0], plan))
     loss.copy_(value)
     for out, gradient in ((grad_x, of_x), (grad_y, of_y), (grad_a, of_a), (grad_b, of_b)):
         if out is not None:
