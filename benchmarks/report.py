@@ -28,6 +28,7 @@ FLOORS = (FLOOR, "floor (oneDNN)")
 OURS_OTHERWISE = ("unfrozen", "full form")  # what the same loss takes without what a cell saves
 FROZEN = 0.8  # of the time of the same loss with a learnt head
 LINEAR = "linear_loss"
+TRAIN_STEP = "train_step"
 COLOURS = {
     "eager": "#9aa0a6",
     "compile": "#5f6368",
@@ -360,6 +361,20 @@ def split(result: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
     return parts
 
 
+def step_lines(steps: list[dict[str, Any]]) -> list[str]:
+    """What each method adds to a student's step and a teacher's forward pass."""
+    header = ["method", "batch", "student step", "teacher forward", "distillation step", "added", "quartiles"]
+    rows = []
+    for info in steps:
+        low, _, high = info["quartiles_percent"]
+        times = [f"{info['median_ms'][name]:.1f}" for name in header[2:5]]
+        rows.append(
+            [f"`{info['method']}`", str(info["batch"]), *times, f"{info['overhead_percent']:+.1f} %",
+             f"{low:+.1f} to {high:+.1f} %"]
+        )  # fmt: skip
+    return lines_of(header, rows)
+
+
 def main(arguments: list[str]) -> None:
     files = [Path(a) for a in arguments] or [f for f in sorted(RESULTS.glob("*.json")) if is_result(f)]
     if not files:
@@ -370,10 +385,17 @@ def main(arguments: list[str]) -> None:
         result = json.loads(file.read_text())
         parts = split(result)
         tables = [(linear_table if linear else table)(part) for part, linear in parts]
-        file.with_suffix(".md").write_text("\n".join(tables))
-        plot(result, file.with_suffix(".png"))
-        short = "\n".join((linear_readme if linear else readme)(part) for part, linear in parts)
-        print(f"{file.with_suffix('.md')}\n{file.with_suffix('.png')}\n\n{short}")
+        short = [(linear_readme if linear else readme)(part) for part, linear in parts]
+        steps = [b["extra_info"] for b in result["benchmarks"] if b["extra_info"].get("suite") == TRAIN_STEP]
+        if steps:
+            short.append("\n".join(step_lines(steps)))
+            tables.append("\n".join([machine_line(result), "", *step_lines(steps), ""]))
+        written = [file.with_suffix(".md")]
+        written[0].write_text("\n".join(tables))
+        if parts:
+            written.append(file.with_suffix(".png"))
+            plot(result, written[-1])
+        print("\n".join(map(str, written)), "\n".join(short), sep="\n\n")
 
 
 if __name__ == "__main__":

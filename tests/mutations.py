@@ -29,6 +29,9 @@ CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
 TRITON_ROWS = "kdkernels/_triton/rows.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
+REPORT, EXPERIMENT, DISTRIBUTED = (
+    f"kdkernels/train/{stem}.py" for stem in ("report", "experiment", "distributed")
+)
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
 CPU_POOL, CUDA_POOL = "csrc/cpu/pool_mse.cpp", "csrc/cuda/pool_mse.cu"
 TRITON_POOL, OP_POOL = "kdkernels/_triton/pool_mse.py", "kdkernels/ops/pool_mse.py"
@@ -40,9 +43,13 @@ STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/share
 CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
 CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
 OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
+CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
 )
+
+
+METHODS = "kdkernels/methods"
 
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
@@ -76,6 +83,10 @@ def distance(suite: str, words: str) -> str:
 
 def sinkhorn(backend: str, words: str) -> str:
     return f"tests/test_sinkhorn.py -k '{backend}{' and ' if backend else ''}({words})'"
+
+
+def method(suite: str, words: str) -> str:
+    return f"tests/test_{suite}.py -k '{words}'"
 
 
 MUTATIONS = [
@@ -249,7 +260,17 @@ MUTATIONS = [
     Mutation("pool triton: mask ignored", TRITON_POOL, "live = tl.load(mask_ptr + sample) != 0", "live = tl.load(mask_ptr + sample) < 2", pool(backend="triton")),
     Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
     Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
-    Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
+    Mutation("train: the pool's first images again", TRAIN, "        drawn += more", "        drawn += 0", "tests/test_train.py -k 'pool'"),
+    Mutation("train: a milestone late", TRAIN, "step // steps_per_epoch >= epoch", "step // steps_per_epoch > epoch", "tests/test_train.py -k 'rates'"),
+    Mutation("train: a piece weighs as a batch", TRAIN, "weight = len(some) * world / len(rows)", "weight = 1.0", "tests/test_train_methods.py -k 'pieces'"),
+    Mutation("train: random state not restored", TRAIN, 'torch.set_rng_state(state["random"])', "pass", "tests/test_train_methods.py -k 'killed and mgd'"),
+    Mutation("train: optimizer not restored", TRAIN, "optimizer.load_state_dict(one)", "pass", "tests/test_train_methods.py -k 'killed and kd'"),
+    Mutation("train: lines of lost epochs kept", REPORT, "os.truncate(metrics, size)", "pass", "tests/test_train_methods.py -k 'killed'"),
+    Mutation("train: last of equal epochs", EXPERIMENT, "epoch.validation_accuracy > best.validation_accuracy", "epoch.validation_accuracy >= best.validation_accuracy", "tests/test_train.py -k 'best_on_validation'"),
+    Mutation("train: scored on training images", EXPERIMENT, 'accuracy(module, self.data, "test"', 'accuracy(module, self.data, "train"', "tests/test_train.py -k 'scored'"),
+    Mutation("train: outputs of other images", "kdkernels/train/outputs.py", "torch.arange(len(images))\n", "torch.arange(len(images)).flip(0)\n", "tests/test_train_methods.py -k 'npy'"),
+    Mutation("train: statistics' gradient not summed", DISTRIBUTED, "        dist.all_reduce(grad)\n", "", "tests/test_train_distributed.py"),
+    Mutation("train: running variance of a sample", DISTRIBUTED, "variance * total / (total - 1)", "variance", "tests/test_train_distributed.py"),
     Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: sign of y's gradient", CPU_GAUSSIAN, "write_gradient(y, weight_y, n, S(-1)", "write_gradient(y, weight_y, n, S(1)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
@@ -266,6 +287,31 @@ MUTATIONS = [
     Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
     Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
     Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
+    Mutation("mmd cpu: zero gradient", CPU_MMD, "4 * weight * (sum * z[j] - to[j])", "0 * weight * (sum * z[j] - to[j])", distance("mmd", "definition")),
+    Mutation("mmd cpu: zero gradient of products", CPU_MMD, "2 * weight * to[j]", "0 * weight * to[j]", distance("mmd", "definition")),
+    Mutation("mmd cpu: sign of the gradient", CPU_MMD, "(sum * z[j] - to[j])", "(to[j] - sum * z[j])", distance("mmd", "definition")),
+    Mutation("mmd cpu: sign of the pairs across", CPU_MMD, "which == 0 ? own.within : -1", "which == 0 ? own.within : 1", distance("mmd", "definition")),
+    Mutation("mmd cpu: last sample skipped", CPU_MMD, "std::min(panels * kPanel<S>, other.count - first)", "std::min(panels * kPanel<S>, other.count - 1 - first)", distance("mmd", "every_size")),
+    Mutation("mmd cpu: last features skipped", CPU_MMD, "for (; f < stride; f += kCount)", "for (; f < 0; f += kCount)", distance("mmd", "every_size")),
+    Mutation("mmd cpu: last depth alone", CPU_MMD, "depth, k > 0,", "depth, false,", distance("mmd", "every_size")),
+    Mutation("mmd cpu: halves counted once", CPU_MMD, "half && !diagonal ? 2 * sum : sum", "sum", distance("mmd", "every_size")),
+    Mutation("mmd cpu: near pairs not differenced", CPU_MMD, "kNear = 1.0 / 64", "kNear = 0.0", distance("mmd", "near_samples")),
+    Mutation("mmd cpu: near pairs without gradient", CPU_MMD, "add_scaled_difference(-scratch.near_slopes[k]", "add_scaled_difference(S(0) * scratch.near_slopes[k]", distance("mmd", "near_samples")),
+    Mutation("mmd cpu: pairs i = i counted", CPU_MMD, "scratch.values[i - first] = scratch.slopes[i - first] = S(0);", "", distance("mmd", "definition")),
+    Mutation("mmd cpu: equal is what rounding leaves", CPU_MMD, "std::equal(z, z + sides[0].count * stride, sides[1].z)", "false", distance("features", "exactly_zero and (mmd or energy)")),
+    Mutation("mmd cpu: a little less than nothing", CPU_MMD, "!params.unbiased && loss < 0 ? 0 : loss", "loss", distance("mmd", "another_order")),
+    Mutation("mmd cpu: mean distance within only", CPU_MMD, "(sums[0] + sums[1] + sums[2]) / 3", "(sums[0] + sums[1]) / 2", distance("mmd", "mean_distance")),
+    Mutation("mmd cpu: powers of powers", CPU_MMD, "rate / computed < 4.5", "true", distance("mmd", "are_powers")),
+    Mutation("mmd cpu: one squaring too many", CPU_MMD, "close && is(4) ? 2 : 0", "close && is(4) ? 3 : 0", distance("mmd", "are_powers")),
+    Mutation("mmd cpu: weights ignored", CPU_MMD, "weight_of(weights[s], sides[s].rows[i]) / totals[s]", "1.0 / static_cast<double>(sides[s].count)", distance("mmd", "definition")),
+    Mutation("mmd cpu: one class", CPU_MMD, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
+    Mutation("mmd op: buffer handed out twice", OP_MMD, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
+    Mutation("mmd op: upstream gradient ignored", OP_MMD, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
+    Mutation("mmd: mean distance has a gradient", OP_MMD, "@torch.no_grad()\ndef _mean_distance", "def _mean_distance", distance("mmd", "mean_distance")),
+    Mutation("mmd: what cancels drowns the rest", OP_MMD, "torch.where(squared == 0, 0, grad_output)", "grad_output", distance("mmd", "narrow")),
+    Mutation("mmd: second derivative of equal samples", OP_MMD, "if not torch.is_grad_enabled():", "if True:", distance("mmd", "second_derivative")),
+    Mutation("mmd: NaN is 0", OP_MMD, "zero = squared == 0", "zero = ~(squared > 0)", distance("mmd", "nan")),
+    Mutation("mmd, linear: moved where weights differ", OP_MMD, "0 if weighted else", "", distance("mmd", "definition")),
     Mutation("sliced cpu: zero gradient", CPU_SLICED, "= share * slope;", "= 0 * slope;", distance("sliced_wasserstein", "one_dimension")),
     Mutation("sliced cpu: sign of y's gradient", CPU_SLICED, "= -share * slope;", "= share * slope;", distance("sliced_wasserstein", "one_dimension")),
     Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),
@@ -313,12 +359,54 @@ MUTATIONS = [
     Mutation("wasserstein: one coupling for all", OP_WASSERSTEIN, "i, j = solver.linear_sum_assignment(c)", "i, j = np.arange(len(c)), np.arange(len(c))", "tests/test_wasserstein.py -k brute"),
     Mutation("wasserstein: labels cost nothing", OP_WASSERSTEIN, "(of_features + label_weight * of_labels)", "of_features", "tests/test_wasserstein.py -k joint"),
     Mutation("joint: distances within x", OP_WASSERSTEIN, "    cost = distances(x, y, p)\n    scale", "    cost = distances(x, x, p)\n    scale", "tests/test_wasserstein.py -k joint"),
+    Mutation("linear: logits that nothing needs", LINEAR, "if spec.divergence == NONE and not (spec.hard", "if False and not (spec.hard", linear("cpu", "no_logits", op="shared_classifier_loss")),
     Mutation("anchor: sign of the gradient", "kdkernels/ops/anchor_penalty.py", "differences, 2 * grad_output", "differences, -2 * grad_output", "tests/test_anchor_penalty.py"),
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
     Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
     Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
     Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
+    Mutation("methods kd: hard weight on the soft term", f"{METHODS}/kd.py", "return self.soft_weight", "return self.hard_weight", method("logit_methods", "test_kd")),
+    Mutation("methods dkd: warm-up counted from 0", f"{METHODS}/dkd.py", "epoch / self.warmup", "(epoch - 1) / self.warmup", method("logit_methods", "test_dkd")),
+    Mutation("methods ctkd: temperature not reversed", f"{METHODS}/ctkd.py", "self.learned(self.strength)", "self.learned(-self.strength)", method("logit_methods", "ctkd")),
+    Mutation("methods ctkd: an epoch late", f"{METHODS}/ctkd.py", "cosine_reversal(epoch, self", "cosine_reversal(epoch - 1, self", method("logit_methods", "ctkd")),
+    Mutation("methods ctkd: theta not trained", f"{METHODS}/ctkd.py", ", *self.learned.parameters()]", "]", method("logit_methods", "ctkd")),
+    Mutation("methods rco: last anchor always", f"{METHODS}/rco.py", "(epoch - 1) * len(self.anchors) // epochs", "len(self.anchors)", method("logit_methods", "rco")),
+    Mutation("methods rco: anchors not looked at", f"{METHODS}/rco.py", 'check_fit(self.teacher, anchor, f"{name} is not of this teacher")', "None", method("logit_methods", "rco")),
+    Mutation("methods takd: element mean ignored", f"{METHODS}/takd.py", "(self._student.classes if self.element_mean else 1)", "1", method("logit_methods", "takd")),
+    Mutation("methods dgkd: no T²", f"{METHODS}/dgkd.py", "self.soft_weight * self.temperature**2", "self.soft_weight", method("logit_methods", "dgkd")),
+    Mutation("methods dgkd: drops in evaluation too", f"{METHODS}/dgkd.py", "if not (self.training and self.drop)", "if not self.drop", method("logit_methods", "dgkd")),
+    Mutation("methods maskd: masks not frozen", f"{METHODS}/maskd.py", "self.tokens.requires_grad_(False)", "None", method("feature_methods", "maskd")),
+    Mutation("methods maskd: a mask is like itself", f"{METHODS}/maskd.py", "dice.sum((1, 2)) - dice.diagonal(dim1=1, dim2=2).sum(1)", "dice.sum((1, 2))", method("feature_methods", "maskd")),
+    Mutation("methods maskd: masks on every call", f"{METHODS}/maskd.py", "if calls < self._teacher.map_calls:", "if False:", method("feature_methods", "maskd")),
+    Mutation("methods mgd: a mean, no sum", f"{METHODS}/mgd.py", "self.weight * y.shape[1:].numel() * mse", "self.weight * mse", method("feature_methods", "mgd")),
+    Mutation("methods mgd: kept scaled up", f"{METHODS}/mgd.py", "self.generation(x * kept)", "self.generation(x * kept / (1 - self.drop))", method("feature_methods", "mgd")),
+    Mutation("methods mgd: drops what it should keep", f"{METHODS}/mgd.py", ">= self.drop", "< self.drop", method("feature_methods", "mgd")),
+    Mutation("methods kd2m: labels not gathered", f"{METHODS}/kd2m.py", "self.gather(torch.cat([labels, guesses]))", "torch.cat([labels, guesses])", method("feature_methods", "gathers")),
+    Mutation("methods kd2m: float64 lost", f"{METHODS}/kd2m.py", "torch.promote_types(x.dtype, torch.float32)", "torch.float32", method("feature_methods", "kd2m and w2")),
+    Mutation("methods kd2m: joint cost not normalized", f"{METHODS}/kd2m.py", '{"normalize": True, **o}', "o", method("feature_methods", "joint")),
+    Mutation("methods srrl: connector after pooling", f"{METHODS}/srrl.py", "if self.pools_first else x)", "if True else x)", method("feature_methods", "srrl")),
+    Mutation("methods srrl: maps compared", f"{METHODS}/srrl.py", "teacher.features.to", "teacher.logits.to", method("feature_methods", "srrl")),
+    Mutation("methods simkd: student's classifier", f"{METHODS}/simkd.py", "        weight, bias = network.classifier_as(connected)", "        network = self._student\n        weight, bias = network.classifier_as(connected)", method("shared_head_methods", "ijckd and equal")),
+    Mutation("methods simkd: unused classifier trained", f"{METHODS}/simkd.py", "if id(p) not in unused]", "]", method("shared_head_methods", "simkd")),
+    Mutation("methods shared head: labels of some ignored", f"{METHODS}/simkd.py", "if self.hard_weight and not labelled:", "if False:", method("shared_head_methods", "ijckd")),
+    Mutation("methods ijckd: no logits", f"{METHODS}/ijckd.py", "logit_weight: float = 1.0", "logit_weight: float = 0.0", method("shared_head_methods", "ijckd")),
+    Mutation("methods ijckd: monitor through the student's classifier", f"{METHODS}/ijckd.py", "logits = classify(connected, self._teacher.classifier)", "logits = student.logits", method("shared_head_methods", "monitor")),
+    Mutation("methods atsc: teacher detached", f"{METHODS}/atsc.py", "network(images).map, network, labels", "network(images).map.detach(), network, labels", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: no anchor", f"{METHODS}/atsc.py", "Output(output.loss + anchor, terms", "Output(output.loss, terms", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: anchor holds biases", f"{METHODS}/atsc.py", "min_dim=2", "min_dim=0", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: upkeep of the weight too", f"{METHODS}/atsc.py", 'return biases if self.head_update == "bias" else', "return", method("shared_head_methods", "upkeep")),
+    Mutation("methods atsc: sum over teachers", f"{METHODS}/atsc.py", "torch.stack(losses).mean(),", "torch.stack(losses).sum(),", method("shared_head_methods", "several")),
+    Mutation("methods: teacher in training mode", f"{METHODS}/method.py", "            teacher.eval()\n        return self", "            pass\n        return self", method("methods", "stays")),
+    Mutation("methods: teacher not frozen", f"{METHODS}/method.py", "teacher.requires_grad_(False).eval()", "teacher.eval()", method("methods", "stays")),
+    Mutation("methods: names of the first teacher alone", f"{METHODS}/method.py", 'Network(teacher, "teacher", **self._names)', 'Network(teacher, "teacher", **(self._names if not hasattr(self, "_teacher") else {}))', method("methods", "named")),
+    Mutation("methods: hooks keep a graph", f"{METHODS}/network.py", "        self.kept.clear()\n        return last", "        return last", method("network", "kept")),
+    Mutation("methods: looked at in training mode", f"{METHODS}/network.py", "            module.training = False", "            pass", method("network", "finds")),
+    Mutation("methods: changed logits taken for the classifier's", f"{METHODS}/network.py", "if self.ends_in_classifier is False:", "if False:", method("shared_head_methods", "behind")),
+    Mutation("deployable: no copy", f"{METHODS}/deployable.py", "without_hooks(copy.deepcopy(student))", "without_hooks(student)", method("methods", "deployed")),
+    Mutation("deployable: unused classifier kept", f"{METHODS}/deployable.py", "setattr(self.student.get_submodule(parent), child, nn.Identity())", "None", method("deployable", "cost")),
+    Mutation("deployable: precision of the new student", f"{METHODS}/deployable.py", "value.data = value.data.to(tensors[name].dtype)", "None", method("deployable", "round")),
+    Mutation("deployable: pooled features where the map is unknown", f"{METHODS}/network.py", "if self.has_map is None:\n            raise", "if False:\n            raise", method("deployable", "saw_no")),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import shared_classifier_loss
+from kdkernels.ops import projection
 from kdkernels.ops.rows import REDUCTIONS
 
 NAMES = (
@@ -526,3 +527,25 @@ def test_bad_input(number):
     arguments |= {"bias": torch.randn(6), "labels": torch.arange(3), "soft_weight": 0.5, "temperature": 2.0}
     with pytest.raises(error, match=message):
         shared_classifier_loss(**{**arguments, **changes})
+
+
+def test_no_logits_where_no_part_needs_them(backend, monkeypatch):
+    """SimKD: the classifier is not multiplied with; what requires a gradient has one that is 0."""
+    products = []
+    logits = projection.logits
+    monkeypatch.setattr(projection, "logits", lambda *a: products.append(a) or logits(*a))
+    simkd = {"hard_weight": 0.0, "logit_mse_weight": 0.0}
+    for shape in ("vectors", "maps", "larger maps of the student"):
+        a = to(device_of(backend), batch(**SHAPES[shape]))
+        held = leaves(a)
+        loss, terms = shared_classifier_loss(**held, **simkd, return_terms=True, backend=backend)
+        loss.backward()
+        assert not products
+        torch.testing.assert_close(terms["feature_mse"], loss.detach())
+        assert all(terms[name] == 0 for name in ("soft", "hard", "logit_mse", "z_loss"))
+        assert held["student"].grad.norm() > 0.01
+        assert (held["weight"].grad == 0).all() and (held["bias"].grad == 0).all()
+        rows = shared_classifier_loss(**a, **simkd, reduction="none", backend=backend)
+        torch.testing.assert_close(rows.mean(), loss.detach())
+    nothing = shared_classifier_loss(**held, **simkd, feature_mse_weight=0.0, backend=backend)
+    assert nothing == 0 and torch.autograd.grad(nothing, held["student"])[0].abs().max() == 0

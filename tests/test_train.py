@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
-for library in ("typer", "rich", "matplotlib", "sklearn"):
+for library in ("typer", "rich", "matplotlib", "sklearn", "lightning_fabric", "tensorboard", "safetensors"):
     pytest.importorskip(library, reason="kdkernels[train] is not installed")
 
-from kdkernels.train import data, loop, models, report  # noqa: E402
+from kdkernels.methods import load_deployable  # noqa: E402
+from kdkernels.train import data, experiment, loop, models, report  # noqa: E402
 from kdkernels.train.__main__ import main  # noqa: E402
 
 MODELS = ("teacher", "student_alone", "student_same_images", "student")
@@ -87,7 +87,8 @@ def nowhere(tmp_path, monkeypatch):
 
 def test_a_run_leaves_every_file_whole(default_digits):
     folder, summary = default_digits
-    names = {"config.json", "metrics.jsonl", "summary.json", "curves.png", *(f"{name}.pt" for name in MODELS)}
+    names = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "tensorboard"}
+    names |= {f"{name}.{end}" for name in MODELS for end in ("pt", "safetensors")}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert (config["data"], config["labels"], config["temperature"], config["seed"]) == (
@@ -111,9 +112,11 @@ def test_the_weights_on_disk_are_those_that_were_scored(default_digits):
     digits = data.load("digits")
     for name in MODELS:
         model = (models.teacher if name == "teacher" else models.student)("digits")
+        shipped = load_deployable(folder / f"{name}.safetensors", model)
         model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-        score = loop.accuracy(model, digits.test_images, digits.test_labels)
-        assert score == pytest.approx(summary[f"{name}_accuracy"], abs=1e-3)
+        for module in (model.eval(), shipped):
+            score = loop.accuracy(module, digits, "test")
+            assert score == pytest.approx(summary[f"{name}_accuracy"], abs=1e-3)
 
 
 def test_the_kept_epoch_is_the_best_on_validation(default_digits):
@@ -177,37 +180,7 @@ def test_one_batch_one_epoch(tmp_path):
     run_digits(tmp_path, "one", "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "100000")
 
 
-# The loss and the split
-
-
-def test_the_loss_is_cross_entropy_and_t_squared_kl():
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(8, 10, generator=generator)).requires_grad_()
-    soft_targets = 3 * torch.randn(8, 10, generator=generator)
-    labels = torch.randint(10, (8,), generator=generator)
-    for temperature, weight in ((4.0, 0.9), (2.0, 0.5), (1.0, 1.0)):
-        log_q, p = F.log_softmax(logits / temperature, 1), F.softmax(soft_targets / temperature, 1)
-        soft = temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
-        expected = (1 - weight) * F.cross_entropy(logits, labels) + weight * soft
-        loss = loop.distillation_loss(logits, labels, soft_targets, temperature, weight)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
-
-
-def test_unlabelled_rows_get_the_soft_loss_only():
-    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels = torch.tensor([3, 1])
-    agreeing = loop.distillation_loss(logits, labels, logits.detach(), 4.0, 0.9)
-    grad = torch.autograd.grad(agreeing, logits)[0]
-    assert grad[:2].abs().max() > 1e-3
-    assert grad[2:].abs().max() < 1e-6  # where the teacher agrees, nothing pulls an unlabelled row
-    differing = loop.distillation_loss(logits, labels, logits.detach().flip(1), 4.0, 0.9)
-    assert torch.autograd.grad(differing, logits)[0][2:].abs().amax(1).min() > 1e-3
-
-
-def test_alone_is_cross_entropy():
-    logits, labels = torch.randn(4, 10), torch.tensor([0, 5, 9, 2])
-    assert loop.distillation_loss(logits, labels, None, 4.0, 0.9) == F.cross_entropy(logits, labels)
+# The split and the batches
 
 
 def test_the_split_is_disjoint_even_and_of_its_seed():
@@ -226,26 +199,58 @@ def test_the_split_is_disjoint_even_and_of_its_seed():
 
 
 def test_the_students_start_equal_and_see_equal_labelled_batches(tmp_path, monkeypatch):
-    seen: dict[int, list] = {}
+    seen: dict[str, list] = {}
     first: dict[str, torch.Tensor] = {}
-    real_loss, real_fit = loop.distillation_loss, loop.fit
+    real_fit, real_steps = loop.Fit, loop.steps_of
 
     def fit(training, *rest):
-        first[training.name] = training.model[0].weight.detach().clone()
-        seen[len(seen)] = []
+        first[training.name] = training.learner.student[0].weight.detach().clone()
         return real_fit(training, *rest)
 
-    def loss(logits, labels, *rest):
-        seen[len(seen) - 1].append(labels.tolist())
-        return real_loss(logits, labels, *rest)
+    def steps(training, epoch):
+        for labelled, pool in real_steps(training, epoch):
+            seen.setdefault(training.name, []).append(labelled.tolist())
+            yield labelled, pool
 
-    monkeypatch.setattr(loop, "fit", fit)
-    monkeypatch.setattr(loop, "distillation_loss", loss)
+    monkeypatch.setattr(experiment, "Fit", fit)
+    monkeypatch.setattr(loop, "steps_of", steps)
     run_digits(tmp_path, "equal", *FEW)
-    assert seen[1] == seen[2] == seen[3]
-    assert len(seen[1]) == 3 * 2
+    assert seen["student_alone"] == seen["student_same_images"] == seen["student"]
+    assert len(seen["student"]) == 3 * 2
     assert torch.equal(first["student_alone"], first["student"])
     assert torch.equal(first["student_alone"], first["student_same_images"])
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order(monkeypatch):
+    training = loop.Training(
+        "student", "", "", None, torch.arange(100, 201), loop.Optimisation(2, 20, 0.1), seed=1
+    )
+    orders = [torch.cat([labelled for labelled, _ in loop.steps_of(training, epoch)]) for epoch in (1, 2, 1)]
+    assert torch.equal(orders[0].sort().values, training.labelled)
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    assert [len(labelled) for labelled, _ in loop.steps_of(training, 1)] == [20, 20, 20, 20, 21]
+
+
+def test_the_pool_is_taken_round_and_round():
+    how = loop.Optimisation(4, 5, 0.1)
+    training = loop.Training(
+        "student", "", "", None, torch.arange(10), how, pool=torch.arange(100, 130), pool_ratio=2
+    )
+    drawn = torch.cat([pool for epoch in (1, 2, 3) for _, pool in loop.steps_of(training, epoch)])
+    assert drawn.tolist() == [*range(100, 130), *range(100, 130)]
+
+
+def test_learning_rates_fall_as_they_should():
+    cosine = loop.Optimisation(10, 5, 0.1, final_rate=0.01)
+    assert cosine.factor(0, 4) == 1
+    assert cosine.factor(20, 4) == pytest.approx(0.505)
+    assert cosine.factor(40, 4) == pytest.approx(0.01)
+    steps = loop.Optimisation(10, 5, 0.1, schedule="step", milestones=(3, 6), decay=0.1)
+    factors = [steps.factor(4 * epoch, 4) for epoch in (0, 2, 3, 5, 6, 9)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert steps.factor(11, 4) == 1  # the last step of epoch 3 is before the milestone
+    assert loop.Optimisation(10, 5, 0.1, schedule="constant").factor(33, 4) == 1
 
 
 # Data
@@ -401,7 +406,7 @@ def test_fashion_mnist_from_debian(tmp_path, monkeypatch):
     assert main([*arguments, "--epochs", "1", "--teacher-epochs", "1"]) == 0
     summary = json.loads((tmp_path / "few" / "summary.json").read_text())
     assert summary["teacher_accuracy"] > 20
-    assert summary["parameters"] == {"teacher": 70330, "student": 6274}
+    assert (summary["parameters"]["teacher"], summary["parameters"]["student"]) == (70330, 6274)
 
 
 # Flags
@@ -449,12 +454,16 @@ def test_cuda_without_a_device_is_refused(capsys):
     assert "--device" in capsys.readouterr().err
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_run_never_writes_into_another(tmp_path, capsys, monkeypatch):
     run_digits(tmp_path, "mine", *FEW)
-    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    before = contents(tmp_path / "mine")
     assert main(["--data", "digits", "--out", str(tmp_path), "--name", "mine"]) == 2
     assert "--name" in capsys.readouterr().err
-    assert before == {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert before == contents(tmp_path / "mine")
     monkeypatch.setattr(time, "strftime", lambda _: "now")  # two runs in one second
     for _ in range(2):
         assert main(["--data", "digits", "--out", str(tmp_path / "runs"), *FEW, "--quiet"]) == 0
@@ -479,6 +488,9 @@ def assert_readable(folder: Path) -> None:
     metrics_of(folder)
     json.loads((folder / "config.json").read_text())
     for path in folder.glob("*.pt"):
+        if path.stem == "state":
+            torch.load(path, weights_only=True)
+            continue
         model = (models.teacher if path.stem == "teacher" else models.student)("digits")
         model.load_state_dict(torch.load(path, weights_only=True))
     assert not list(folder.glob(".*"))
@@ -532,7 +544,7 @@ def test_a_full_disk_leaves_whole_files(room, tmp_path, monkeypatch, capsys):
     assert len(error.strip().splitlines()) == 1
     folder = tmp_path / "full"
     if room >= 2_000:
-        checkpoints = list(folder.glob("*.pt"))
+        checkpoints = [path for path in folder.glob("*.pt") if path.stem != "state"]
         assert ("no checkpoint yet" in error) == (not checkpoints)
         assert not checkpoints or any(str(path) in error for path in checkpoints)
     if (folder / "metrics.jsonl").exists():
@@ -609,3 +621,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, capsys
     assert "the loss became nan" in error
     assert "epoch 1 of 30 of the teacher" in error
     assert "no checkpoint yet" in error
+    batch = torch.load(tmp_path / "nan" / "bad-batch.pt", weights_only=True)
+    assert str(tmp_path / "nan" / "bad-batch.pt") in error
+    assert (batch["epoch"], batch["step"]) == (1, 1)
+    assert torch.equal(batch["labels"], digits.train_labels[batch["indices"]])
+    torch.testing.assert_close(batch["images"], digits.train_images[batch["indices"]], equal_nan=True)

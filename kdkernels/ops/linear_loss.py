@@ -995,6 +995,10 @@ def linear_loss(
     if tied or kind != HIDDEN:
         teacher_weight = teacher_bias = None
     numbers = (temperature, teacher_temperature, scale, teacher_scale)
+    if spec.divergence == NONE and not (spec.hard_weight or spec.z_loss or spec.logit_mse):
+        differentiable = (student, weight, bias, target, teacher_weight, teacher_bias, *numbers, weights)
+        rows = shape if reduction == "none" else ()
+        return _nothing(differentiable, rows, dtype, student.device, with_terms)
 
     with full_precision(student):
         if backend == "reference":
@@ -1048,6 +1052,17 @@ def linear_loss(
         loss = loss.view(shape)
         terms = None if terms is None else terms.view(5, *shape)
     return loss, terms
+
+
+def _nothing(
+    inputs: Iterable[Any], rows: Sequence[int], dtype: torch.dtype, device: torch.device, with_terms: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss where every weight is 0: no logits, and gradients that are 0."""
+    loss = torch.zeros(rows, dtype=dtype, device=device)
+    for x in inputs:
+        if isinstance(x, Tensor) and x.requires_grad:
+            loss = loss + x.flatten()[:0].sum().to(device, dtype)  # of no element: x is not read
+    return loss, loss.new_zeros(5, *rows) if with_terms else None
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:

@@ -7,8 +7,8 @@ teacher's classifier, beside the teacher's features.
       + feature_mse_weight mean (P student + p − teacher)²    of the maps, or of their gaps
 
 Each part is a mean over the rows that count; the MSEs are means over their elements, as ``F.mse_loss`` has it. The
-logits are formed as in kdkernels.ops.linear_loss, each part of W read once for both sides; pooling and the maps' MSE
-take one read of both maps (kdkernels.ops.pool_mse).
+logits are formed as in kdkernels.ops.linear_loss, each part of W read once for both sides, and not at all where no
+part needs them; pooling and the maps' MSE take one read of both maps (kdkernels.ops.pool_mse).
 
 Sources: SRRL (Yang et al., ICLR 2021), SimKD (arXiv 2203.14001), IJCKD (arXiv 2304.11004), ATSC (arXiv 2406.08528).
 """
@@ -159,8 +159,9 @@ def shared_classifier_loss(
         maps = _same_size(student, features)
         pooled, pooled_teacher, of_features = pool_mse(*maps, mask=counts, backend=backend)
         # Only the comparison is at one size. (Where bins overlap, a map and its smaller self differ in their mean.)
-        pooled = pooled if maps[0] is student else _pool(student, counts)
-        pooled_teacher = pooled_teacher if maps[1] is features else _pool(features, counts)
+        if soft_weight or hard_weight or logit_mse_weight:
+            pooled = pooled if maps[0] is student else _pool(student, counts)
+            pooled_teacher = pooled_teacher if maps[1] is features else _pool(features, counts)
     else:
         pooled = project(_pool(student, counts), projector_weight, projector_bias)
         pooled_teacher = None if features is None else _pool(features, counts)
