@@ -275,13 +275,13 @@ enum class MmdKernel : int32_t {
 //
 //   loss = sum_ij u_i u_j k(x_i, x_j) + sum_ij v_i v_j k(y_i, y_j) - 2 sum_ij u_i v_j k(x_i, y_j)
 //
-// `unbiased` leaves i = j out of the first two, and divides them by 1 - sum_i u_i^2 (v_i^2). Without
-// bandwidths there is one, the mean of the three sums with r for k (all pairs; 1 where that is 0),
-// which is taken for a constant; of the polynomial, sqrt(features). With labels (x and y have the
-// same samples then), the sum over each problem's classes, each with a bandwidth of its own. A
-// problem or class without a sample of positive weight on each side (`unbiased`: two) is 0. Where
-// x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r at
-// r = 0 is 0. A null output is not computed.
+// `unbiased` leaves i = j out of the first two, and divides them by 1 - sum_i u_i^2 (v_i^2).
+// Without bandwidths there is one, the mean of the three sums with r for k (all pairs; 1 where that
+// is 0), which is taken for a constant; of the polynomial, sqrt(features). With labels (x and y
+// have the same samples then), the sum over each problem's classes, each with a bandwidth of its
+// own. A problem or class without a sample of positive weight on each side (`unbiased`: two) is 0.
+// Where x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r
+// at r = 0 is 0. A null output is not computed.
 struct MmdParams {
   const void* x;           // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
   const void* y;           // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
