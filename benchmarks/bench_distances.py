@@ -7,6 +7,7 @@ and the classes' loop. "cpu" is the native kernel; where there is none, our form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from benchmarks.harness import Loss
 OT, NO_POT = peers.library("ot")
 GEOMLOSS, NO_GEOMLOSS = peers.library("geomloss")
 EPS = 1e-6
+EPSILON = 0.05  # of a cost whose mean is about 1.5: features of length about 1
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,46 @@ def pot_transport(x: Tensor, y: Tensor) -> Tensor:
     return OT.emd2(weights, weights, cost)
 
 
+def entropic(x: Tensor, y: Tensor) -> Tensor:  # (..., n, d), (..., m, d)
+    """Ten iterations in the log domain, with the gradient of a plan that is held."""
+    costs = torch.cdist(x, y).square()
+    n, m = costs.shape[-2:]
+    with torch.no_grad():
+        z = costs / -EPSILON
+        f, g = z.new_zeros(*z.shape[:-1], 1), z.new_zeros(*z.shape[:-2], 1, m)
+        for _ in range(10):
+            f = math.log(m) - torch.logsumexp(z + g, -1, keepdim=True)
+            g = math.log(n) - torch.logsumexp(z + f, -2, keepdim=True)
+        plan = torch.exp(z + f + g) / (n * m)
+        value = EPSILON * (f.mean((-2, -1)) + g.mean((-2, -1)))
+    return (value + (plan * (costs - costs.detach())).sum((-2, -1))).sum()
+
+
+def debiased(x: Tensor, y: Tensor) -> Tensor:
+    return entropic(x, y) - entropic(x, x) / 2 - entropic(y, y) / 2
+
+
+def pot_entropic(x: Tensor, y: Tensor) -> Tensor:
+    from ot.batch import solve_sample_batch
+
+    solved = solve_sample_batch(x, y, reg=EPSILON, max_iter=10, tol=0, reg_type="kl")
+    return solved.value.sum()
+
+
+def geomloss_sinkhorn(debias: bool, x: Tensor, y: Tensor) -> Tensor:
+    """As it comes, but for the cost, whose half it takes."""
+    blur = (EPSILON / 2) ** 0.5
+    loss = GEOMLOSS.SamplesLoss("sinkhorn", p=2, blur=blur, debias=debias, backend="tensorized")
+    return 2 * loss(x, y).sum()
+
+
+def sinkhorn(x: Tensor, y: Tensor, *, debias: bool = True) -> Tensor:
+    """Of 64 problems of 128×128, the marginals of one lack at most 3e-4 of the mass after these 25 iterations; eager's
+    and POT's lack 7e-4, geomloss's 8e-2, which ours fall below before the eighth."""
+    loss = kdkernels.sinkhorn_divergence
+    return loss(x, y, epsilon=EPSILON, max_iter=25, debias=debias).sum()
+
+
 def masked(student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     difference = masks[:, :, None] * (student - teacher)[:, None]
     each = difference.square().sum((-2, -1)) / (masks.sum((-2, -1)) + EPS)[..., None]
@@ -139,6 +181,12 @@ def projected(n: int, d: int, projections: int = 128) -> list[Tensor]:
     return [*pairs(n, d), torch.nn.functional.normalize(directions, dim=-1)]
 
 
+def problems(*batch_n_d: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*batch_n_d, generator=generator) / batch_n_d[-1] ** 0.5 for _ in range(2))
+    return [x, 0.7 * y + 0.1 / batch_n_d[-1] ** 0.5]
+
+
 def maps(n: int, c: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(n, c, 32, 32, generator=generator) for _ in range(2))
@@ -149,12 +197,14 @@ def maps(n: int, c: int) -> list[Tensor]:
 class Case(NamedTuple):
     eager: Loss
     ours: Loss
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
     pot: Loss | None = None
     geomloss: Loss | None = None
     native: bool = False
     compiles: bool = True
-    inputs: Callable[[int, int], list[Tensor]] = pairs
+    inputs: Callable[..., list[Tensor]] = pairs
+    near: bool = True  # to the textbook's formula in float64; a sort or an iteration may end elsewhere
+    least: int = 7  # rounds
 
 
 CASES: Mapping[str, Case] = {
@@ -210,17 +260,50 @@ CASES: Mapping[str, Case] = {
         ((128, 512), (2048, 128)),
         pot=pot_sliced,
         native=True,
+        near=False,
         inputs=projected,
     ),
     "wasserstein": Case(
         transport, kdkernels.wasserstein, ((128, 512), (512, 128)), pot=pot_transport, compiles=False
+    ),
+    "sinkhorn_divergence": Case(
+        debiased,
+        sinkhorn,
+        ((64, 128, 128),),
+        geomloss=partial(geomloss_sinkhorn, True),
+        native=True,
+        inputs=problems,
+        near=False,
+    ),
+    "sinkhorn_divergence of a large batch": Case(
+        debiased,
+        sinkhorn,
+        ((4096, 64),),
+        geomloss=partial(geomloss_sinkhorn, True),
+        native=True,
+        compiles=False,
+        inputs=problems,
+        near=False,
+        least=2,
+    ),
+    "sinkhorn_divergence, debias=False": Case(
+        entropic,
+        partial(sinkhorn, debias=False),
+        ((64, 128, 128),),
+        pot=pot_entropic,
+        geomloss=partial(geomloss_sinkhorn, False),
+        native=True,
+        inputs=problems,
+        near=False,
     ),
     "masked_feature_loss": Case(masked, kdkernels.masked_feature_loss, ((8, 256),), native=True, inputs=maps),
 }
 CELLS = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
 
 
-@pytest.mark.parametrize(("name", "shape"), CELLS, ids=[f"{name}-{n}x{d}" for name, (n, d) in CELLS])
+@pytest.mark.parametrize(
+    ("name", "shape"), CELLS, ids=[f"{name}-{'x'.join(map(str, shape))}" for name, shape in CELLS]
+)
 def test_distances(benchmark, name, shape):
     case = CASES[name]
     inputs = [x.to(harness.DEVICE) for x in case.inputs(*shape)]
@@ -238,11 +321,19 @@ def test_distances(benchmark, name, shape):
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     truth = harness.evaluate(case.eager, exact, 1)
     for provider, loss in losses.items():
-        harness.check(harness.evaluate(loss, inputs, 1), truth, inputs[0].dtype, provider)
+        harness.check(
+            harness.evaluate(loss, inputs, 1), truth, inputs[0].dtype, provider if case.near else "eager"
+        )
     times = benchmark.pedantic(
         harness.measure,
         args=(losses, inputs),
-        kwargs={"leaves": 1, "others": {}, "seconds": 3.0},
+        kwargs={
+            "leaves": 1,
+            "others": {},
+            "seconds": 3.0,
+            "least": case.least,
+            "warmups": min(case.least, 3),
+        },
         rounds=1,
         iterations=1,
     )
@@ -250,7 +341,7 @@ def test_distances(benchmark, name, shape):
     benchmark.extra_info.update(
         suite="distances",
         loss=name,
-        cell=f"{name}: {shape[0]}×{shape[1]} float32 forward+backward",
+        cell=f"{name}: {'×'.join(map(str, shape))} float32 forward+backward",
         shape=list(shape),
         dtype="float32",
         what="forward+backward",

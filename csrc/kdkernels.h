@@ -275,13 +275,13 @@ enum class MmdKernel : int32_t {
 //
 //   loss = sum_ij u_i u_j k(x_i, x_j) + sum_ij v_i v_j k(y_i, y_j) - 2 sum_ij u_i v_j k(x_i, y_j)
 //
-// `unbiased` leaves i = j out of the first two, and divides them by 1 - sum_i u_i^2 (v_i^2). Without
-// bandwidths there is one, the mean of the three sums with r for k (all pairs; 1 where that is 0),
-// which is taken for a constant; of the polynomial, sqrt(features). With labels (x and y have the
-// same samples then), the sum over each problem's classes, each with a bandwidth of its own. A
-// problem or class without a sample of positive weight on each side (`unbiased`: two) is 0. Where
-// x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r at
-// r = 0 is 0. A null output is not computed.
+// `unbiased` leaves i = j out of the first two, and divides them by 1 - sum_i u_i^2 (v_i^2).
+// Without bandwidths there is one, the mean of the three sums with r for k (all pairs; 1 where that
+// is 0), which is taken for a constant; of the polynomial, sqrt(features). With labels (x and y
+// have the same samples then), the sum over each problem's classes, each with a bandwidth of its
+// own. A problem or class without a sample of positive weight on each side (`unbiased`: two) is 0.
+// Where x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r
+// at r = 0 is 0. A null output is not computed.
 struct MmdParams {
   const void* x;           // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
   const void* y;           // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
@@ -372,6 +372,61 @@ struct Bf16LinearParams {
   int64_t out_stride;
 };
 
+// What it costs to move a unit of mass from x to y.
+enum class Cost : int32_t {
+  kSquaredEuclidean = 0,  // |x - y|^2
+  kEuclidean = 1,         // |x - y|, with derivative 0 at 0
+  kCosine = 2,            // 1 - x.y; the caller gives x and y of length 1
+};
+
+// Entropic transport of each problem's rows of x, with weights a, to those of y, with weights b:
+//
+//   C_ij = cost(x_i, y_j) + extra_ij,  z_ij = (f_i + g_j - C_ij) / epsilon
+//   OT(x, y) = sum_i a_i phi(f_i) + sum_j b_j phi(g_j) - epsilon sum_ij a_i b_j (e^z_ij - 1)
+//   phi(t) = t, or rho (1 - e^(-t / rho)) where rho is finite
+//   loss = OT(x, y), or with debias OT(x, y) - (OT(x, x) + OT(y, y)) / 2
+//   gradients: those of loss with f and g held
+//   plan_ij = a_i b_j e^z_ij, also of x with x and of y with y
+//
+// at the f and g that `iterations` of kdkernels/ops/sinkhorn.py give, fewer where all have changed
+// by at most `tol` >= 0; 0 where a or b is. f_self and g_self are those of x with x and y with y. A
+// null output is not computed. Where x is y, a is b and the three `extra` are one, the debiased
+// loss and its gradients are exactly 0. A problem with a cost that is not finite is NaN.
+struct SinkhornParams {
+  const void* x;        // (problems, n, d), and all that follows contiguous, in the dtype
+  const void* y;        // (problems, m, d)
+  const void* a;        // (problems, n)
+  const void* b;        // (problems, m)
+  const void* extra;    // (problems, n, m), or null
+  const void* extra_x;  // (problems, n, n), symmetric, or null
+  const void* extra_y;  // (problems, m, m), symmetric, or null
+  void* loss;           // (problems,)
+  void* f;              // (problems, n)
+  void* g;              // (problems, m)
+  void* f_self;         // (problems, n), or null
+  void* g_self;         // (problems, m), or null
+  void* grad_x;         // (problems, n, d), or null
+  void* grad_y;         // (problems, m, d), or null
+  void* grad_a;         // (problems, n), or null
+  void* grad_b;         // (problems, m), or null
+  void* plan;           // (problems, n, m), or null
+  void* plan_x;         // (problems, n, n), or null
+  void* plan_y;         // (problems, m, m), or null
+  void* scratch;        // of CUDA with debias: (3, problems) doubles, then a float for each element
+                        // of the gradients that are asked for
+  double epsilon;
+  double rho;  // infinity: balanced
+  double tol;  // < 0: none
+  int64_t problems;
+  int64_t n;
+  int64_t m;
+  int64_t d;
+  int iterations;
+  Cost cost;
+  bool debias;
+  DType dtype;  // kFloat32 or kFloat64
+};
+
 namespace cpu {
 bool has_bf16_linear();
 void bf16_linear(const Bf16LinearParams& params, int threads);
@@ -385,6 +440,7 @@ void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void pool_mse(const PoolMseParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
+void sinkhorn(const SinkhornParams& params, int threads);
 void sliced_wasserstein(const SlicedWassersteinParams& params, int threads);
 }  // namespace cpu
 
@@ -396,6 +452,7 @@ int multi_teacher_kl_div(const MultiTeacherKlDivParams& params, void* stream);
 int pool_mse(const PoolMseParams& params, void* stream);
 int topk_kl_div(const TopkKlDivParams& params, void* stream);
 int scale_rows(const ScaleRowsParams& params, void* stream);
+int sinkhorn(const SinkhornParams& params, void* stream);
 const char* error_string(int error);
 }  // namespace cuda
 

@@ -48,6 +48,14 @@ from kdkernels.ops.shared_classifier_loss import (
     shared_classifier_loss,
     shared_classifier_loss_reference,
 )
+from kdkernels.ops.sinkhorn import (
+    SinkhornDivergenceLoss,
+    apply_plan,
+    potentials,
+    sinkhorn_divergence,
+    sinkhorn_divergence_reference,
+    sinkhorn_plan,
+)
 from kdkernels.ops.skew_kl_div import SkewKLDivLoss, skew_kl_div, skew_kl_div_reference
 from kdkernels.ops.sliced_wasserstein import (
     SlicedWassersteinLoss,
@@ -92,6 +100,7 @@ __all__ = [
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "SharedClassifierLoss",
+    "SinkhornDivergenceLoss",
     "SkewKLDivLoss",
     "SlicedWassersteinLoss",
     "TVDLoss",
@@ -100,6 +109,7 @@ __all__ = [
     "WassersteinLoss",
     "anchor_penalty",
     "anchor_penalty_reference",
+    "apply_plan",
     "available_backends",
     "coral",
     "coral_reference",
@@ -139,9 +149,13 @@ __all__ = [
     "plan_linear_loss",
     "pool_mse",
     "pool_mse_reference",
+    "potentials",
     "precompute_teacher",
     "shared_classifier_loss",
     "shared_classifier_loss_reference",
+    "sinkhorn_divergence",
+    "sinkhorn_divergence_reference",
+    "sinkhorn_plan",
     "skew_kl_div",
     "skew_kl_div_reference",
     "sliced_wasserstein",

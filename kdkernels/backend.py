@@ -589,6 +589,63 @@ def native_sliced_wasserstein(
     return sliced_wasserstein
 
 
+_COST_CODE = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}  # Cost in csrc/kdkernels.h
+
+
+def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def sinkhorn(
+        x: Tensor,  # (B, n, d); all tensors are contiguous, in one dtype
+        y: Tensor,  # (B, m, d)
+        a: Tensor,  # (B, n)
+        b: Tensor,  # (B, m)
+        extra: Sequence[Tensor],  # (B, n, m), (B, n, n), (B, m, m), the first of them, or none
+        cost: str,
+        epsilon: float,
+        rho: float,
+        iterations: int,
+        tol: float,
+        debias: bool,
+        loss: Tensor,  # (B,)
+        f: Tensor,  # (B, n)
+        g: Tensor,  # (B, m)
+        f_self: Tensor | None,  # (B, n)
+        g_self: Tensor | None,  # (B, m)
+        grad_x: Tensor | None,  # (B, n, d)
+        grad_y: Tensor | None,  # (B, m, d)
+        grad_a: Tensor | None,  # (B, n)
+        grad_b: Tensor | None,  # (B, m)
+        plans: Sequence[Tensor],  # as extra
+    ) -> None:
+        scratch = None
+        if debias and where is not _threads:
+            elements = sum(z.numel() for z in (grad_x, grad_y, grad_a, grad_b) if z is not None)
+            scratch = torch.empty(24 * x.shape[0] + 4 * elements, dtype=torch.uint8, device=x.device)
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            *x.shape[:2],
+            *y.shape[1:],
+            x.data_ptr(),
+            y.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            [_address(z) for z in (*extra, None, None, None)[:3]],
+            _COST_CODE[cost],
+            epsilon,
+            rho,
+            iterations,
+            tol,
+            debias,
+            *(_address(z) for z in (loss, f, g, f_self, g_self, grad_x, grad_y, grad_a, grad_b)),
+            [_address(z) for z in (*plans, None, None, None)[:3]],
+            _address(scratch),
+        )
+
+    return sinkhorn
+
+
 # What the native module has: the name of each kernel, and what makes its launcher.
 NATIVE = {
     "kl_div": native_kl_div,
@@ -596,9 +653,12 @@ NATIVE = {
     "multi_teacher_kl_div": native_multi_teacher_kl_div,
     "pool_mse": native_pool_mse,
     "scale_rows": native_scale_rows,
+    "sinkhorn": native_sinkhorn,
     "topk_kl_div": native_topk_kl_div,
 }
-# What it has for the CPU alone.
+# What Triton has: a problem's iterations in one block are C++.
+TRITON = (*(name for name in NATIVE if name != "sinkhorn"), "linear_loss")
+# What the native module has for the CPU alone.
 NATIVE_CPU = {
     "gaussian": native_gaussian,
     "masked_feature_loss": native_masked_feature_loss,
@@ -615,7 +675,7 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
             if _C.with_cuda:
                 table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
     if importlib.util.find_spec("triton") is not None:
-        for name in (*NATIVE, "linear_loss"):
+        for name in TRITON:
             table["triton", name] = _first_use(name)
     for name, launcher_over in NATIVE_CPU.items():
         if _C is not None:

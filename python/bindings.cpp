@@ -314,6 +314,51 @@ Bf16LinearParams bf16_linear_params(int64_t rows, int64_t classes, int64_t featu
           out_stride};
 }
 
+// Three addresses each: of x and y, of x and x, of y and y.
+using Three = std::array<uintptr_t, 3>;
+
+SinkhornParams sinkhorn_params(int dtype, int64_t problems, int64_t n, int64_t m, int64_t d,
+                               uintptr_t x, uintptr_t y, uintptr_t a, uintptr_t b, Three extra,
+                               int cost, double epsilon, double rho, int iterations, double tol,
+                               bool debias, uintptr_t loss, uintptr_t f, uintptr_t g,
+                               uintptr_t f_self, uintptr_t g_self, uintptr_t grad_x,
+                               uintptr_t grad_y, uintptr_t grad_a, uintptr_t grad_b, Three plan,
+                               uintptr_t scratch) {
+  SinkhornParams params;
+  params.x = address<const void>(x);
+  params.y = address<const void>(y);
+  params.a = address<const void>(a);
+  params.b = address<const void>(b);
+  params.extra = address<const void>(extra[0]);
+  params.extra_x = address<const void>(extra[1]);
+  params.extra_y = address<const void>(extra[2]);
+  params.loss = address<void>(loss);
+  params.f = address<void>(f);
+  params.g = address<void>(g);
+  params.f_self = address<void>(f_self);
+  params.g_self = address<void>(g_self);
+  params.grad_x = address<void>(grad_x);
+  params.grad_y = address<void>(grad_y);
+  params.grad_a = address<void>(grad_a);
+  params.grad_b = address<void>(grad_b);
+  params.plan = address<void>(plan[0]);
+  params.plan_x = address<void>(plan[1]);
+  params.plan_y = address<void>(plan[2]);
+  params.scratch = address<void>(scratch);
+  params.epsilon = epsilon;
+  params.rho = rho;
+  params.tol = tol;
+  params.problems = problems;
+  params.n = n;
+  params.m = m;
+  params.d = d;
+  params.iterations = iterations;
+  params.cost = static_cast<Cost>(cost);
+  params.debias = debias;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
 // Binds a kernel as `name(threads or stream, ...params)`; the interpreter's lock is given up while
 // it runs.
 template <typename Params, typename... Args>
@@ -355,6 +400,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_pool_mse", pool_mse_params, cpu::pool_mse);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
+  bind_cpu(m, "cpu_sinkhorn", sinkhorn_params, cpu::sinkhorn);
   bind_cpu(m, "cpu_sliced_wasserstein", sliced_wasserstein_params, cpu::sliced_wasserstein);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
@@ -364,6 +410,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(m, "cuda_pool_mse", pool_mse_params, cuda::pool_mse);
   bind_cuda(m, "cuda_topk_kl_div", topk_kl_div_params, cuda::topk_kl_div);
   bind_cuda(m, "cuda_scale_rows", scale_rows_params, cuda::scale_rows);
+  bind_cuda(m, "cuda_sinkhorn", sinkhorn_params, cuda::sinkhorn);
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;

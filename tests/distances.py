@@ -60,6 +60,12 @@ CASES = {
     "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
+    # So much entropy that 60 iterations converge to the last bit.
+    "sinkhorn": Case(partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60), ("reference", "cpu")),
+    "sinkhorn, euclidean": Case(
+        partial(kdkernels.sinkhorn_divergence, cost="euclidean", epsilon=3.0, max_iter=60),
+        ("reference", "cpu"),
+    ),
     "wasserstein": Case(kdkernels.wasserstein, pot=True, constant_weights=True),
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
     "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),

@@ -41,6 +41,8 @@ CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.
 LINEAR, PROJECTION = "kdkernels/ops/linear_loss.py", "kdkernels/ops/projection.py"
 STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/shared_classifier_loss.py"
 CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
+CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
+OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
@@ -77,6 +79,10 @@ def linear(backend: str, words: str, op: str = "linear_loss") -> str:
 
 def distance(suite: str, words: str) -> str:
     return f"tests/test_{suite}.py -k '{words}'"
+
+
+def sinkhorn(backend: str, words: str) -> str:
+    return f"tests/test_sinkhorn.py -k '{backend}{' and ' if backend else ''}({words})'"
 
 
 def method(suite: str, words: str) -> str:
@@ -311,6 +317,45 @@ MUTATIONS = [
     Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),
     Mutation("sliced cpu: minus signs sort upside down", CPU_SLICED, "return bits & kSign ? ~bits : bits | kSign;", "return bits ^ kSign;", distance("sliced_wasserstein", "special or every")),
     Mutation("sliced cpu: weights ignored", CPU_SLICED, "if (weights != nullptr) sum +=", "if (false) sum +=", distance("sliced_wasserstein", "scipy")),
+    Mutation("sinkhorn cpu: zero gradient", CPU_SINKHORN, "sign * factor * a[i + r],", "0 * sign * factor * a[i + r],", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: sign of y's gradient", CPU_SINKHORN, "transport_.gradient(true, 1, grad_y", "transport_.gradient(true, -1, grad_y", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: no gradient of OT(x, x)", CPU_SINKHORN, "if (grad_x || grad_a || plan_x) transport_", "if (false) transport_", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: OT(y, y) twice", CPU_SINKHORN, "value -= transport_.solve(y_, y_, extra_y) / 2", "value -= transport_.solve(y_, y_, extra_y)", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: last feature skipped", CPU_SINKHORN, "for (int64_t k = 0; k < d; ++k) {\n          const", "for (int64_t k = 0; k < d - 1; ++k) {\n          const", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: the last features' gradient", CPU_SINKHORN, "whole + k < d ? points[j * d + whole + k]", "whole + k < d - 1 ? points[j * d + whole + k]", sinkhorn("cpu", "number_of_features")),
+    Mutation("sinkhorn cpu: scalings not absorbed", CPU_SINKHORN, "if (!safe(u, n) || (!symmetric_ && !safe(v, m))) {", "if (false) {", sinkhorn("cpu", "small_epsilon or far")),
+    Mutation("sinkhorn cpu: columns not absorbed", CPU_SINKHORN, "absorb(v_.data(), epsilon, columns_->count, G_.data());", "", sinkhorn("cpu", "loss_and")),
+    Mutation("sinkhorn cpu: the unbalanced step", CPU_SINKHORN, "T exponent = step.average ? T(0.5) * (log_u + log_of(u)) : log_u;", "T exponent = step.average ? T(0.5) * (log_u + log_of(u)) : T(0.9) * log_u;", sinkhorn("cpu", "weights")),
+    Mutation("sinkhorn cpu: weights' gradient without the excess", CPU_SINKHORN, "static_cast<T>(potential[i + r] - excess)", "static_cast<T>(potential[i + r] - 0 * excess)", sinkhorn("cpu", "weights")),
+    Mutation("sinkhorn cpu: extra costs ignored", CPU_SINKHORN, "if (with_extra && extra_ != nullptr) {", "if (false) {", sinkhorn("cpu", "extra_cost")),
+    Mutation("sinkhorn cpu: extra costs not those of the columns", CPU_SINKHORN, "copy[j] = extra_[j * columns_->count + i + r];", "copy[j] = extra_[(i + r) * columns_->count + j];", sinkhorn("", "larger_than")),
+    Mutation("sinkhorn cpu: extra costs taken for equal", CPU_SINKHORN, "(extra == nullptr || std::equal(extra, extra + n * n, other))", "true", sinkhorn("cpu", "equal_extra")),
+    Mutation("sinkhorn cpu: what is not finite unnoticed", CPU_SINKHORN, "return zero == 0 ? largest :", "return true ? largest :", sinkhorn("cpu", "finite_shows")),
+    Mutation("sinkhorn cpu: a side without mass", CPU_SINKHORN, "if (rows.mass > 0 && columns.mass > 0) {", "if (true) {", sinkhorn("cpu", "without_mass")),
+    Mutation("sinkhorn cpu: tol ignored", CPU_SINKHORN, "if (change <= params_.tol) break;", "", sinkhorn("cpu", "tol")),
+    Mutation("sinkhorn cuda: zero gradient", CUDA_SINKHORN, "= scale * weights[i] * value;", "= 0 * scale * weights[i] * value;", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: sign of y's gradient", CUDA_SINKHORN, "factor, true, 1.0f, masses[0]", "factor, true, -1.0f, masses[0]", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: no gradient of OT(x, x)", CUDA_SINKHORN, "static_cast<float*>(grad)[i] += part[i];", "static_cast<float*>(grad)[i] += 0 * part[i];", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: last feature skipped", CUDA_SINKHORN, "begin + k < depth ? b(", "begin + k < depth - 1 ? b(", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: a barrier missing", CUDA_SINKHORN, "factor);\n    __syncthreads();\n    if (!symmetric) {", "factor);\n    if (!symmetric) {", "tests/test_cuda_on_cpu.py -k sinkhorn"),
+    Mutation("sinkhorn cuda: scalings not absorbed", CUDA_SINKHORN, "if (flags[0] != 0) {", "if (false) {", sinkhorn("cuda", "small_epsilon or far")),
+    Mutation("sinkhorn cuda: kernel values not made again", CUDA_SINKHORN, "if (stale) make_kernel();\n    stale", "if (k == 0) make_kernel();\n    stale", sinkhorn("cuda", "loss_and")),
+    Mutation("sinkhorn cuda: weights' gradient without the excess", CUDA_SINKHORN, "params.epsilon * (s[0] - mass)", "0 * (s[0] - mass)", sinkhorn("cuda", "weights")),
+    Mutation("sinkhorn cuda: extra costs ignored", CUDA_SINKHORN, "if (extra != nullptr) cost +=", "if (false) cost +=", sinkhorn("cuda", "extra_cost")),
+    Mutation("sinkhorn cuda: extra costs taken for equal", CUDA_SINKHORN, "if (params.extra != nullptr) {", "if (false) {", sinkhorn("cuda", "equal_extra")),
+    Mutation("sinkhorn cuda: what is not finite unnoticed", CUDA_SINKHORN, "fabsf(cost) < INFINITY ?", "true ?", sinkhorn("cuda", "finite_shows")),
+    Mutation("sinkhorn cuda: a side without mass", CUDA_SINKHORN, "masses[0] == 0 || masses[1] == 0 ? 0 :", "false ? 0 :", sinkhorn("cuda", "without_mass")),
+    Mutation("sinkhorn cuda: tol ignored", CUDA_SINKHORN, "if (look && flags[1] * epsilon <= params.tol) break;", "", sinkhorn("cuda", "tol")),
+    Mutation("sinkhorn: a named backend replaced where it does not fit", OP_SINKHORN, 'if backend == "cuda":\n', 'if False:\n', sinkhorn("cuda", "fit_into")),
+    Mutation("sinkhorn: reach ignored", OP_SINKHORN, "softmin if rho == math.inf else rho / (rho + epsilon) * softmin", "softmin", sinkhorn("reference", "independent or masses")),
+    Mutation("sinkhorn: masses' difference not charged", OP_SINKHORN, "0.5 * float(epsilon) * (mass - other)", "0.0 * (mass - other)", sinkhorn("reference", "masses")),
+    Mutation("sinkhorn: half the gradient", OP_SINKHORN, '(2 if cost == "sqeuclidean" else 1) * (plan', "1 * (plan", sinkhorn("reference", "gradcheck")),
+    Mutation("sinkhorn: second derivatives with the potentials held", OP_SINKHORN, "f, g = _Implicit.apply(*through[0], f, g, epsilon, rho)", "pass", sinkhorn("reference", "gradcheck")),
+    Mutation("sinkhorn: upstream gradient ignored", OP_SINKHORN, "found.append(gradient * grad_output.view(", "found.append(gradient + 0 * grad_output.view(", sinkhorn("cpu", "twice")),
+    Mutation("sinkhorn: plans' factors", OP_SINKHORN, "(1.0, -0.5, -0.5)", "(1.0, -1.0, -1.0)", sinkhorn("reference", "gradcheck_of_extra")),
+    Mutation("sinkhorn: one step from the level's potentials", OP_SINKHORN, "return f + shift, g - shift", "return f + shift, g", sinkhorn("reference", "independent")),
+    Mutation("sinkhorn: plan without a's weights", OP_SINKHORN, "out[:, block] = a[:, block, None] * (weights @ v)", "out[:, block] = weights @ v", sinkhorn("reference", "apply_plan")),
+    Mutation("sinkhorn: all classes' weights", OP_SINKHORN, "weights if reach is None or given is not None else proportions(weights, each)", "weights", sinkhorn("reference", "labels_are")),
     Mutation("wasserstein: one coupling for all", OP_WASSERSTEIN, "i, j = solver.linear_sum_assignment(c)", "i, j = np.arange(len(c)), np.arange(len(c))", "tests/test_wasserstein.py -k brute"),
     Mutation("wasserstein: labels cost nothing", OP_WASSERSTEIN, "(of_features + label_weight * of_labels)", "of_features", "tests/test_wasserstein.py -k joint"),
     Mutation("joint: distances within x", OP_WASSERSTEIN, "    cost = distances(x, y, p)\n    scale", "    cost = distances(x, x, p)\n    scale", "tests/test_wasserstein.py -k joint"),

@@ -87,7 +87,8 @@ def test_registers(compiled, stem):
         assert (usage.stack, usage.spill_stores, usage.spill_loads) == (0, 0, 0), usage
 
 
-@pytest.mark.parametrize("stem", [source.stem for source in SOURCES])
+# Sinkhorn's iterations are in shared memory: it reads its points and writes their gradients once.
+@pytest.mark.parametrize("stem", [source.stem for source in SOURCES if source.stem != "sinkhorn"])
 @pytest.mark.parametrize("instruction", ["ld", "st"])
 def test_16_byte_accesses(compiled, stem, instruction):
     """Every kernel on packets has them: 4 words of 32 bits, or 2 of 64."""
@@ -110,6 +111,14 @@ def test_links(compiled, tmp_path):
     library = tmp_path / "kernels.so"
     nvcc("-shared", *(c.object for c in compiled.values()), "-o", library)
     symbols = subprocess.run(["nm", "-DC", library], capture_output=True, text=True, check=True).stdout
-    kernels = ("kl_div", "logit_loss", "multi_teacher_kl_div", "pool_mse", "scale_rows", "topk_kl_div")
+    kernels = (
+        "kl_div",
+        "logit_loss",
+        "multi_teacher_kl_div",
+        "pool_mse",
+        "scale_rows",
+        "sinkhorn",
+        "topk_kl_div",
+    )
     for name in (*kernels, "error_string"):
         assert f"T kdkernels::cuda::{name}(" in symbols

@@ -88,6 +88,21 @@ class MultiTeacherKlDivParams(ctypes.Structure):
     )
 
 
+SINKHORN_OUTPUTS = ["loss", "f", "g", "f_self", "g_self", "grad_x", "grad_y", "grad_a", "grad_b"]
+
+
+class SinkhornParams(ctypes.Structure):
+    _fields_ = (
+        *fields(ctypes.c_void_p, "x", "y", "a", "b", "extra", "extra_x", "extra_y", *SINKHORN_OUTPUTS),
+        *fields(ctypes.c_void_p, "plan", "plan_x", "plan_y", "scratch"),
+        *fields(ctypes.c_double, "epsilon", "rho", "tol"),
+        *fields(ctypes.c_int64, "problems", "n", "m", "d"),
+        *fields(ctypes.c_int32, "iterations", "cost"),
+        *fields(ctypes.c_bool, "debias"),
+        *fields(ctypes.c_int32, "dtype"),
+    )
+
+
 @pytest.fixture(scope="session")
 def kernels():
     sources = [HERE / "executor_kernels.cu", HERE / "shim.cpp"]
@@ -754,6 +769,119 @@ def test_multi_teacher_kl_div_does_not_depend_on_the_order_of_threads(kernels, c
         again = run_multi_teacher(kernels, s, targets)
         for name, value in first.items():
             assert torch.equal(value.view(torch.int32), again[name].view(torch.int32)), name
+
+
+def transport(problems, n, m, d, *, extra):
+    generator = torch.Generator().manual_seed(n + m + d)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    x, y = uniform(problems, n, d), 0.7 * uniform(problems, m, d) + 0.3
+    a, b = (w / w.sum(1, keepdim=True) for w in (uniform(problems, n), uniform(problems, m)))
+    a[0, n - 1] = 0
+    extras = [uniform(problems, *sizes) for sizes in ((n, m), (n, n), (m, m))] if extra else []
+    return x, y, a, b, [extras[0], *(z + z.mT for z in extras[1:])] if extra else []
+
+
+def run_sinkhorn(kernels, x, y, a, b, extras, *, cost, epsilon, rho, iterations, tol, debias):
+    """All outputs, in the order of kdkernels::sinkhorn."""
+    (problems, n, d), m = x.shape, y.shape[1]
+    params = SinkhornParams(x=pointer(x), y=pointer(y), a=pointer(a), b=pointer(b))
+    for name, extra in zip(("extra", "extra_x", "extra_y"), extras):
+        setattr(params, name, pointer(extra))
+    shapes = [(problems,), (n,), (m,), (n,), (m,), (n, d), (m, d), (n,), (m,)]
+    buffers = {}
+    for name, shape in zip(SINKHORN_OUTPUTS, shapes):
+        if debias or not name.endswith("self"):
+            buffers[name] = Guarded(*([] if name == "loss" else [problems]), *shape)
+    for name, shape in zip(("plan", "plan_x", "plan_y"), [(n, m), (n, n), (m, m)][: max(len(extras), 1)]):
+        buffers[name] = Guarded(problems, *shape)
+    for name, buffer in buffers.items():
+        setattr(params, name, pointer(buffer.value))
+    scratch = Guarded(problems * (6 + (n + m) * (d + 1)))
+    params.scratch = pointer(scratch.value)
+    params.epsilon, params.rho, params.tol = epsilon, rho, tol
+    params.problems, params.n, params.m, params.d = problems, n, m, d
+    params.iterations, params.cost, params.debias = iterations, cost, debias
+    error = kernels.kdk_sinkhorn(ctypes.byref(params))
+    assert error == 0, kernels.kdk_error_string(error).decode()
+    scratch.checked()
+    return {name: buffer.checked() for name, buffer in buffers.items()}
+
+
+TRANSPORTS = [
+    # Problems, n, m, d, iterations; the last ones' kernel values do not fit beside the costs.
+    (3, 9, 7, 5, 40),
+    (2, 1, 3, 2, 25),
+    (1, 33, 40, 20, 30),
+    (1, 130, 3, 9, 20),
+    (1, 170, 175, 3, 6),
+]
+TRANSPORT_OPTIONS = [
+    {"cost": 0, "extra": False, "debias": True, "rho": math.inf, "tol": -1.0},
+    {"cost": 1, "extra": True, "debias": True, "rho": 0.8, "tol": -1.0},
+    {"cost": 2, "extra": False, "debias": False, "rho": math.inf, "tol": 1e-4},
+    {"cost": 1, "extra": False, "debias": False, "rho": 0.5, "tol": -1.0},
+]
+
+
+@pytest.mark.parametrize("options", TRANSPORT_OPTIONS, ids=str)
+@pytest.mark.parametrize("problems, n, m, d, iterations", TRANSPORTS)
+def test_sinkhorn(kernels, problems, n, m, d, iterations, options):
+    """Against the specification in float64, whatever the order of the threads."""
+    import kdkernels  # noqa: F401
+
+    options = {**options, "epsilon": 0.1, "iterations": iterations}
+    *inputs, extras = transport(problems, n, m, d, extra=options.pop("extra"))
+    if options["cost"] == 2:
+        inputs[:2] = (torch.nn.functional.normalize(z, dim=-1) for z in inputs[:2])
+    got = run_sinkhorn(kernels, *inputs, extras, **options)
+    truth = torch.ops.kdkernels.sinkhorn(
+        *(z.double() for z in inputs),
+        [z.double() for z in extras],
+        ("sqeuclidean", "euclidean", "cosine")[options["cost"]],
+        0.1,
+        options["rho"],
+        iterations,
+        options["tol"],
+        options["debias"],
+        [True] * 5,
+        "reference",
+    )
+    largest = max(1.0, *(z.abs().max().item() for z in truth[:3]))
+    for (name, value), expected in zip(got.items(), truth, strict=True):
+        assert expected.abs().max() > 0 or n == 1, name
+        # Costs and potentials are rounded beside epsilon, in an exponent.
+        allowed = 64 * EPS * largest / 0.1 * expected.abs().max().item()
+        if name in ("loss", "f", "g", "f_self", "g_self"):
+            allowed = 64 * EPS * largest
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=allowed, msg=name)
+
+
+@pytest.mark.parametrize("problems, n, m, d, iterations", [(2, 9, 7, 5, 40), (1, 33, 40, 20, 24)])
+@pytest.mark.parametrize("options", TRANSPORT_OPTIONS[:2], ids=str)
+def test_sinkhorn_does_not_depend_on_the_order_of_threads(
+    kernels, problems, n, m, d, iterations, options, monkeypatch
+):
+    options = {**options, "epsilon": 0.005, "iterations": iterations}  # scalings are absorbed
+    arguments = transport(problems, n, m, d, extra=options.pop("extra"))
+    first = run_sinkhorn(kernels, *arguments, **options)
+    for seed in range(1, 7):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
+        again = run_sinkhorn(kernels, *arguments, **options)
+        for name, value in first.items():
+            assert torch.equal(value.view(torch.int32), again[name].view(torch.int32)), name
+
+
+def test_sinkhorn_refuses(kernels):
+    params = SinkhornParams(problems=1, n=8, m=8, d=2, iterations=10, dtype=CODES[torch.float64])
+    assert kernels.kdk_sinkhorn(ctypes.byref(params)) == 1
+    params.dtype, params.n = 0, 300  # 300 x 8 fits, and the 300 x 300 of a debiased one does not
+    params.debias = True
+    assert kernels.kdk_sinkhorn(ctypes.byref(params)) == 1
+    params.problems = 0
+    assert kernels.kdk_sinkhorn(ctypes.byref(params)) == 0
 
 
 @pytest.mark.parametrize("name", ["logit_loss", "multi_teacher_kl_div", "topk_kl_div"])

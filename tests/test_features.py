@@ -94,7 +94,7 @@ def test_classes_of_one_sample(name, backend):
     elif name.startswith(("gaussian_kl", "coral", "mmd")):
         assert loss == 0 and all((g == 0).all() for g in got)
     else:
-        p = {"wasserstein, p=1": 1, "wasserstein, p=3": 3}.get(name, 2)
+        p = {"wasserstein, p=1": 1, "wasserstein, p=3": 3, "sinkhorn, euclidean": 1}.get(name, 2)
         expected = gradients(lambda a, b: (a - b).norm(dim=-1).pow(p).sum(), x, y)
         assert_equal_up_to_rounding((loss, *got), expected)
 
@@ -217,7 +217,8 @@ def test_order_of_the_samples_is_nothing(name, backend):
         assert_equal_up_to_rounding((again, of_x_again), (loss, of_x), scale=8)
 
 
-@over_cases
+# test_sinkhorn.py has that of smaller problems: it takes a hundred iterations for each number.
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in GRID if not pair[0].startswith("sinkhorn")])
 @pytest.mark.parametrize("shape", [(6, 3, 5), (4, 6, 4), (4, 6, 3)], ids=["n > d", "n = m < d", "n < d"])
 def test_gradcheck(name, backend, shape):
     n, d, m = shape
@@ -339,6 +340,7 @@ def test_modules(name, backend):
         kdkernels.gaussian_wasserstein: kdkernels.GaussianWassersteinLoss,
         kdkernels.gaussian_kl: kdkernels.GaussianKLLoss,
         kdkernels.coral: kdkernels.CoralLoss,
+        kdkernels.sinkhorn_divergence: kdkernels.SinkhornDivergenceLoss,
         kdkernels.wasserstein: kdkernels.WassersteinLoss,
         kdkernels.mmd: kdkernels.MMDLoss,
         kdkernels.energy_distance: kdkernels.EnergyDistanceLoss,
@@ -414,7 +416,8 @@ def test_compile(name):
     case = CASES[name]
     x, y = features(2, 6, 4, dtype=torch.float32)
     options = {}
-    if case.labels and ("cpu" in case.backends or name in ("gaussian_kl, shrinkage", "mmd, linear")):
+    by_segments = "cpu" in case.backends and not name.startswith("sinkhorn")
+    if case.labels and (by_segments or name in ("gaussian_kl, shrinkage", "mmd, linear")):
         options["labels"] = torch.tensor([[0, 1, 0, 1, 2, 2], [5, 5, 5, 1, 1, 1]])
     function = case.function
     if name.startswith("sliced"):

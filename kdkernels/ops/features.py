@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def proportions(weights: Tensor | None, x: Tensor) -> Tensor:  # (..., n), addin
 
 def square_root(value: Tensor) -> Tensor:
     """√value, with gradient 0 where it is 0."""
-    positive = value > 0
+    positive = ~(value <= 0)  # NaN is NaN
     return torch.where(positive, torch.where(positive, value, 1).sqrt(), 0)
 
 
@@ -237,4 +237,4 @@ def by_reference(
 class FeatureLoss(LossModule):
     """A distance of two batches of features as a module."""
 
-    per_call = ("x_weights", "y_weights", "labels")
+    per_call: ClassVar[tuple[str, ...]] = ("x_weights", "y_weights", "labels")

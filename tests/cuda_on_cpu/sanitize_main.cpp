@@ -361,6 +361,52 @@ void check_pool_mse(DType dtype, int channels, Layout layout) {
   }
 }
 
+void check_sinkhorn(int n, int m, int d, int iterations, bool debias, Cost cost) {
+  constexpr int kProblems = 2;
+  Random random;
+  const auto values = [&](int count) {
+    std::vector<float> all(kProblems * count);
+    for (float& value : all) value = 0.125f * (random() + 4);
+    return all;
+  };
+  const std::vector<float> x = values(n * d), y = values(m * d), a = values(n), b = values(m);
+  const std::vector<float> extra = values(n * m);
+  const std::vector<float> extra_x(kProblems * n * n), extra_y(kProblems * m * m);
+  std::vector<float> loss(kProblems), f(kProblems * n), g(kProblems * m), f_self(kProblems * n),
+      g_self(kProblems * m), grad_x(kProblems * n * d), grad_y(kProblems * m * d),
+      grad_a(kProblems * n), grad_b(kProblems * m), plan(kProblems * n * m),
+      plan_x(kProblems * n * n), plan_y(kProblems * m * m);
+  std::vector<double> scratch(kProblems * 3 + (kProblems * (n + m) * (d + 1) + 1) / 2);
+  SinkhornParams params{};
+  params.x = x.data(), params.y = y.data(), params.a = a.data(), params.b = b.data();
+  params.extra = extra.data();
+  params.loss = loss.data(), params.f = f.data(), params.g = g.data();
+  params.grad_x = grad_x.data(), params.grad_y = grad_y.data();
+  params.grad_a = grad_a.data(), params.grad_b = grad_b.data();
+  params.plan = plan.data();
+  if (debias) {
+    params.extra_x = extra_x.data(), params.extra_y = extra_y.data();
+    params.f_self = f_self.data(), params.g_self = g_self.data();
+    params.plan_x = plan_x.data(), params.plan_y = plan_y.data();
+    params.scratch = scratch.data();
+  }
+  params.epsilon = 0.05;
+  params.rho = debias ? 0.7 : INFINITY;
+  params.tol = -1;
+  params.problems = kProblems;
+  params.n = n, params.m = m, params.d = d;
+  params.iterations = iterations;
+  params.cost = cost;
+  params.debias = debias;
+  params.dtype = DType::kFloat32;
+  expect_success("sinkhorn", n, cuda::sinkhorn(params, nullptr));
+  for (const auto* out : {&loss, &f, &g, &grad_x, &grad_y, &grad_a, &grad_b, &plan}) {
+    for (const float value : *out) {
+      if (!std::isfinite(value)) ++failures;
+    }
+  }
+}
+
 template <typename T>
 void check_others(DType dtype, int classes, Layout layout) {
   check_logit_loss<T>(dtype, classes, layout);
@@ -394,6 +440,13 @@ int main(int, char** arguments) {
     check_others<Bits16>(DType::kBFloat16, classes, {1, 3, 0, 5});
     check_others<Bits16>(DType::kBFloat16, classes, {8, 3, 3, 3});
   }
+  for (const bool debias : {false, true}) {
+    for (const Cost cost : {Cost::kSquaredEuclidean, Cost::kEuclidean, Cost::kCosine}) {
+      check_sinkhorn(5, 9, 3, 24, debias, cost);
+      check_sinkhorn(33, 1, 9, 20, debias, cost);
+    }
+  }
+  check_sinkhorn(170, 174, 2, 3, true, Cost::kEuclidean);  // K is not kept
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -20,5 +20,8 @@ int kdk_pool_mse(const kdkernels::PoolMseParams* params) {
 int kdk_scale_rows(const kdkernels::ScaleRowsParams* params) {
   return kdkernels::cuda::scale_rows(*params, nullptr);
 }
+int kdk_sinkhorn(const kdkernels::SinkhornParams* params) {
+  return kdkernels::cuda::sinkhorn(*params, nullptr);
+}
 const char* kdk_error_string(int error) { return kdkernels::cuda::error_string(error); }
 }
