@@ -562,6 +562,9 @@ NATIVE_CPU = {
     "sliced_wasserstein": native_sliced_wasserstein,
 }
 
+# What Triton has beside the kernels of NATIVE.
+TRITON = ("gaussian", "linear_loss", "masked_feature_loss")
+
 
 def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
     table: dict[tuple[str, str], Callable[..., None]] = {}
@@ -571,7 +574,7 @@ def _launchers() -> dict[tuple[str, str], Callable[..., None]]:
             if _C.with_cuda:
                 table["cuda", name] = _on_device(launcher_over(getattr(_C, f"cuda_{name}"), _stream))
     if importlib.util.find_spec("triton") is not None:
-        for name in (*NATIVE, "linear_loss"):
+        for name in (*NATIVE, *TRITON):
             table["triton", name] = _first_use(name)
     for name, launcher_over in NATIVE_CPU.items():
         if _C is not None:

@@ -80,6 +80,15 @@ def features(
     return x.to(dtype), y.to(dtype)
 
 
+def moved(function: Callable[..., Tensor], backend: str | None, *inputs: Tensor, **options: Any) -> Tensor:
+    """`function` of tensors that were brought to the device of `backend`, and its result from there."""
+    from conftest import device_of
+
+    device = "cpu" if backend is None else device_of(backend)
+    there = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in options.items()}
+    return function(*(x.to(device) for x in inputs), backend=backend, **there).cpu()
+
+
 def gradients(
     function: Callable[..., Tensor], *inputs: Tensor, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, ...]:

@@ -43,7 +43,14 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
+TRITON_GAUSSIAN, TRITON_MASKED = (
+    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss")
+)
 METHODS = "kdkernels/methods"
+
+
+def masked(backend: str) -> str:
+    return grid(backend, "formula", "sizes", op="masked_feature_loss")
 
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
@@ -280,6 +287,13 @@ MUTATIONS = [
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
     Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked triton: zero gradient", TRITON_MASKED, "2.0 * weight[None, :] * difference", "0.0 * weight[None, :] * difference", masked("triton")),
+    Mutation("masked triton: sign of the gradient", TRITON_MASKED, "difference = s - t", "difference = t - s", masked("triton")),
+    Mutation("masked triton: weights missing in the gradient", TRITON_MASKED, "2.0 * weight[None, :] * difference", "2.0 * difference", masked("triton")),
+    Mutation("masked triton: weights missing in the loss", TRITON_MASKED, "tl.sum(weight * total, 0)", "tl.sum(total, 0)", masked("triton")),
+    Mutation("masked triton: last positions skipped", TRITON_MASKED, "exists = position < positions", "exists = position < positions - 1", masked("triton")),
+    Mutation("masked triton: last channel skipped", TRITON_MASKED, "(channel < channels)[:, None]", "(channel < channels - 1)[:, None]", masked("triton")),
+    Mutation("masked triton: pieces not added", TRITON_MASKED, "torch.sum(maps, 0, out=squares)", "squares.copy_(maps[0])", masked("triton")),
     Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
     Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
     Mutation("methods kd: hard weight on the soft term", f"{METHODS}/kd.py", "return self.soft_weight", "return self.hard_weight", method("logit_methods", "test_kd")),

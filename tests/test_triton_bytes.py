@@ -16,6 +16,7 @@ from triton_counter import count_traffic, is_interpreted
 from kdkernels._triton import kl_div as triton_kl_div
 from kdkernels._triton import linear_loss as triton_linear
 from kdkernels._triton import logit_loss as triton_logit_loss
+from kdkernels._triton import masked_feature_loss as triton_masked
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
@@ -419,6 +420,34 @@ def test_pool_mse(channels: int, positions: int, channels_last: bool, dtype: tor
         outputs = backward(mask, every, names)
     assert traffic.loaded <= (2 * maps + 3 * ROWS * channels * 4) * int(mask.sum()) // ROWS + ROWS * channels
     assert all(not x[~mask].any() and x[mask].any() for x in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "positions", "pieces"), [(40, 49, 1), (24, 64, 1), (9, 700, 1), (600, 130, 9)]
+)
+def test_masked_feature_loss(channels: int, positions: int, pieces: int, dtype: torch.dtype) -> None:
+    student, teacher = (x.view(ROWS, channels, 1, positions) for x in logits(channels * positions, dtype))
+    weight_map = torch.rand(ROWS, 1, positions)
+    features = ROWS * channels * positions * dtype.itemsize
+    for names in (("loss",), ("loss", "grad_student"), ("loss", "squares"), triton_masked.OUTPUTS):
+        fresh = {
+            "grad_student": torch.full_like(student, float("nan")),
+            "squares": torch.full_like(weight_map, float("nan")),
+        }
+        outputs = [fresh[name] if name in names else None for name in fresh]
+        loss = torch.tensor(float("nan"))
+        with count_traffic() as traffic:
+            triton_masked.masked_feature_loss(student, teacher, weight_map, loss, *outputs)
+        claimed = triton_masked.bytes_moved(ROWS, channels, positions, dtype.itemsize, outputs=names)
+        # Beside the features: the weights, the map's gradient, and one share a program.
+        maps = weight_map.nbytes * pieces * (2 if "squares" in names else 1)
+        shares = 4 * ROWS * -(-positions // min(128, 1 << (positions - 1).bit_length())) * pieces
+        assert claimed == features * (3 if "grad_student" in names else 2) + maps + shares
+        assert traffic.total == claimed
+        assert traffic.stored == claimed - 2 * features - weight_map.nbytes * pieces
+        assert traffic.launches == 1
+        assert loss > 0 and all(x is None or (x.isfinite().all() and (x != 0).any()) for x in outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -104,6 +104,12 @@ def cases(target: str) -> list[dict[str, Any]]:
                 ("bfloat16", 1, True),
             )
         ),
+        *(
+            case("masked_feature_loss", dtype, positions, ["grad_student", "squares"])
+            for dtype in DTYPES
+            for positions in (49, 64, 3136)
+        ),
+        case("masked_feature_loss", "bfloat16", 3136, []),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
         *(case("kl_div", "float32", classes, ["loss"]) for classes in (32000,)),
@@ -224,6 +230,12 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         forward = (maps, maps, mask, None, None, None, *pooled, row, None, None)
         backward = (maps, maps, mask, *pooled, row, None, None, None, maps, maps)
         arguments = forward if options["side"] == "fwd" else backward
+    elif case["kernel"] == "masked_feature_loss":
+        name = "masked_feature_loss_kernel"
+        maps = torch.empty(2, 512, case["classes"], dtype=dtype, device="meta")
+        weights = torch.empty(2, case["classes"], device="meta")
+        wanted = [x if key in tensors else None for key, x in (("grad_student", maps), ("squares", weights))]
+        arguments = (maps, maps, weights, torch.empty((), device="meta"), *wanted)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -266,6 +278,8 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         return 1, 1
     if kernel == "linear_loss":
         return 0, grads  # what it loads is copied to shared memory
+    if kernel == "masked_feature_loss":
+        return 2, int("grad_student" in tensors)
     if kernel == "pool_mse":
         return 2, 2 if options["side"] == "bwd" else 0
     if kernel == "kl_div":
