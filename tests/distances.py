@@ -32,9 +32,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu")),
+    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu", "triton")),
     "gaussian_wasserstein, full": Case(partial(kdkernels.gaussian_wasserstein, covariance="full")),
-    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu")),
+    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu", "triton")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
@@ -45,29 +45,37 @@ CASES = {
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
     "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),
 }
+# Triton's kernels, and so its tests, have no float64.
 GRID = [(name, backend) for name, case in CASES.items() for backend in case.backends]
 
 
 def ready(name: str, backend: str | None, *, weighted: bool) -> Callable[..., Tensor]:
     """The case's function with that backend; the test is skipped where POT is needed and absent."""
-    from conftest import _missing
+    from conftest import _missing, device_of
 
     case = CASES[name]
-    state = "available" if backend is None else kdkernels.available_backends("cpu")[backend]
+    state = "available" if backend is None else kdkernels.available_backends(device_of(backend))[backend]
     if state != "available":
         _missing(f"backend {backend}: {state}")
     if weighted and case.pot and importlib.util.find_spec("ot") is None:
         _missing("POT is not installed")
-    return partial(case.function, backend=backend)
+    return partial(moved, case.function, backend)
 
 
 over_cases = pytest.mark.parametrize(("name", "backend"), GRID, ids=[f"{n}-{b}" for n, b in GRID])
 
 
 def features(
-    *batch_n_d: int, m: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
+    *batch_n_d: int,
+    m: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x and y of another mean, spread and correlation: distances and gradients of order 1."""
+    """x and y of another mean, spread and correlation: distances and gradients of order 1. In float32 where `backend`
+    has no float64."""
+    if backend == "triton" and dtype == torch.float64:
+        dtype = torch.float32
     generator = torch.Generator().manual_seed(seed)
     *batch, n, d = batch_n_d
 

@@ -362,10 +362,30 @@ def gaussian_kernel(
         counts = (x_weight > 0.0) & (y_weight > 0.0)
     else:
         x_weight, x_count, x_mean, x_squares = moments(
-            x_ptr, x_stride, order_ptr, x_weights_ptr, x_begin, x_end, x_origin, column, inside, BLOCK_N, BLOCK_D
+            x_ptr,
+            x_stride,
+            order_ptr,
+            x_weights_ptr,
+            x_begin,
+            x_end,
+            x_origin,
+            column,
+            inside,
+            BLOCK_N,
+            BLOCK_D,
         )
         y_weight, y_count, y_mean, y_squares = moments(
-            y_ptr, y_stride, order_ptr, y_weights_ptr, y_begin, y_end, y_origin, column, inside, BLOCK_N, BLOCK_D
+            y_ptr,
+            y_stride,
+            order_ptr,
+            y_weights_ptr,
+            y_begin,
+            y_end,
+            y_origin,
+            column,
+            inside,
+            BLOCK_N,
+            BLOCK_D,
         )
         counts = (x_weight > 0.0) & (y_weight > 0.0) & (x_count >= min_samples) & (y_count >= min_samples)
 
@@ -380,8 +400,12 @@ def gaussian_kernel(
         spread = more / tl.where(both > 0.0, both, 1.0)
         loss = move * move + spread * spread
         push = 2.0 * move
-        x_slope = tl.where(x_deviation > 0.0, 2.0 * spread / tl.where(x_deviation > 0.0, x_deviation, 1.0), 0.0)
-        y_slope = tl.where(y_deviation > 0.0, -2.0 * spread / tl.where(y_deviation > 0.0, y_deviation, 1.0), 0.0)
+        x_slope = tl.where(
+            x_deviation > 0.0, 2.0 * spread / tl.where(x_deviation > 0.0, x_deviation, 1.0), 0.0
+        )
+        y_slope = tl.where(
+            y_deviation > 0.0, -2.0 * spread / tl.where(y_deviation > 0.0, y_deviation, 1.0), 0.0
+        )
     else:
         x_variance += eps
         y_variance += eps
