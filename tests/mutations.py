@@ -49,6 +49,10 @@ TRITON_GAUSSIAN, TRITON_MASKED = (
 METHODS = "kdkernels/methods"
 
 
+def gaussian(backend: str, *words: str) -> str:
+    return grid(backend, *(words or ("diagonal", "sizes")), op="gaussian")
+
+
 def masked(backend: str) -> str:
     return grid(backend, "formula", "sizes", op="masked_feature_loss")
 
@@ -265,6 +269,17 @@ MUTATIONS = [
     Mutation("gaussian cpu: ratio that rounds to 0", CPU_GAUSSIAN, "more < S(0) ? -more / a : t", "more < S(0) ? S(1) / (S(1) + t) - S(1) : t", distance("gaussian", "dead_units")),
     Mutation("gaussian cpu: origin without weight", CPU_GAUSSIAN, "while (samples.weight(first) == S(0)) ++first;", "", distance("gaussian", "one_sample_with_weight")),
     Mutation("gaussian cpu: one class", CPU_GAUSSIAN, "c + 1 < classes.starts.size()", "c < 1", distance("features", "labels_are")),
+    Mutation("gaussian triton: zero gradient", TRITON_GAUSSIAN, "grad = share[:, None] *", "grad = 0.0 * share[:, None] *", gaussian("triton")),
+    Mutation("gaussian triton: sign of y's gradient", TRITON_GAUSSIAN, "            -push,", "            push,", gaussian("triton")),
+    Mutation("gaussian triton: last columns skipped", TRITON_GAUSSIAN, "inside = column < features", "inside = column < features - 1", gaussian("triton")),
+    Mutation("gaussian triton: last samples skipped", TRITON_GAUSSIAN, "exists = i < end", "exists = i < end - 1", gaussian("triton")),
+    Mutation("gaussian triton: weights ignored", TRITON_GAUSSIAN, "weight = tl.load(weights_ptr + row, mask=exists, other=0.0)", "weight *= 1.0", gaussian("triton")),
+    Mutation("gaussian triton: parts but the first ignored", TRITON_GAUSSIAN, "weight = tl.load(part_weights_ptr + part)", "weight = tl.load(part_weights_ptr + part) * (part < 1)", gaussian("triton")),
+    Mutation("gaussian triton: no variance between lanes", TRITON_GAUSSIAN, "squares + (weight[:, None] * away) * away", "squares", gaussian("triton")),
+    Mutation("gaussian triton: no mean to start from", TRITON_GAUSSIAN, "pivot = tl.where(total > 0.0, pivot, 0.0)", "pivot = tl.zeros_like(pivot)", gaussian("triton", "constant")),
+    Mutation("gaussian triton: no series near 1", TRITON_GAUSSIAN, "near = (t >= -0.5) & (t <= 1.0)", "near = t > 3e38", gaussian("triton", "near")),
+    Mutation("gaussian triton: min_samples ignored", TRITON_GAUSSIAN, "(x_count >= min_samples) & (y_count >= min_samples)", "(x_count >= 0)", gaussian("triton", "min_samples")),
+    Mutation("gaussian triton: classes not gathered", TRITON_GAUSSIAN, "row = tl.load(order_ptr + i, mask=exists, other=0)", "row = i.to(tl.int64)", gaussian("triton", "many_sizes")),
     Mutation("gaussian op: buffer handed out twice", OP_GAUSSIAN, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
     Mutation("gaussian op: upstream gradient ignored", OP_GAUSSIAN, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
     Mutation("bures: zero gradient", OP_GAUSSIAN, "return scale * of_a, None", "return 0 * scale * of_a, None", distance("gaussian", "textbook")),

@@ -270,6 +270,21 @@ def test_one_sample_with_weight(backend, labelled):
             assert_equal_up_to_rounding((got[0], got[1][5:6], got[2]), (one, of_x, of_y))
 
 
+@over_backends
+def test_constant_beside_a_sample_without_weight(backend):
+    """The samples with weight have exactly no spread, wherever the one without is."""
+    x, y = features(40, 5, dtype=torch.float32)
+    x[1:, 2] = 0.1
+    x[0, 2] = 5.3
+    weights = torch.linspace(0.1, 1.3, 40)
+    weights[0] = 0
+    got = gradients(on(gaussian_wasserstein, backend), x, y, x_weights=weights)
+    truth = gradients(
+        gaussian_wasserstein, x.double(), y.double(), x_weights=weights.double(), backend="reference"
+    )
+    assert_equal_up_to_rounding(got, truth)
+
+
 def test_no_square_matrix_of_many_features():
     """d × d would be 10 GB."""
     generator = torch.Generator().manual_seed(0)
