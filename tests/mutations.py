@@ -309,6 +309,7 @@ MUTATIONS = [
     Mutation("masked triton: last positions skipped", TRITON_MASKED, "exists = position < positions", "exists = position < positions - 1", masked("triton")),
     Mutation("masked triton: last channel skipped", TRITON_MASKED, "(channel < channels)[:, None]", "(channel < channels - 1)[:, None]", masked("triton")),
     Mutation("masked triton: pieces not added", TRITON_MASKED, "torch.sum(maps, 0, out=squares)", "squares.copy_(maps[0])", masked("triton")),
+    Mutation("masked: float16's gradients rounded before a loss scale", "kdkernels/ops/masked_feature_loss.py", "scaled = student.dtype == torch.float16\n", "scaled = False\n", "tests/test_masked_feature_loss.py -k loss_scale"),
     Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
     Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
     Mutation("methods kd: hard weight on the soft term", f"{METHODS}/kd.py", "return self.soft_weight", "return self.hard_weight", method("logit_methods", "test_kd")),

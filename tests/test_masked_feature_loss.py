@@ -177,6 +177,19 @@ def test_opcheck(backend):
 
 
 @over_backends
+def test_float16_under_a_loss_scale(backend):
+    """Gradients of which float16 holds a digit, until they meet the loss scale."""
+    student, teacher, masks, weights = data(1, 16, 2, 30, 40, dtype=torch.float16)
+    inputs, scale = (student, teacher, masks, weights / 1000), torch.tensor(2.0**14)
+    got = gradients(loss_on(backend), *inputs, upstream=scale)
+    truth = gradients(formula, *(z.double() for z in inputs), upstream=scale)
+    held = (truth[1] / scale).half() * scale
+    assert (held - truth[1]).norm() / truth[1].norm() > 0.1
+    for a, b in zip(got[1:], truth[1:]):
+        assert ((a.double() - b).norm() / b.norm()).item() < 5e-4
+
+
+@over_backends
 def test_second_derivatives(backend):
     inputs = data(dtype=torch.float32)
 

@@ -10,7 +10,9 @@ so one weight map and one reduction do, and no (N, T, C, H, W) tensor is made.
 
 Gradient: 2 w (S − F) / N to the student, its negative to the teacher; Σ_c (S − F)² to the map, and through that to
 masks and mask weights. The kernels make them with the loss (2 reads and 1 write of the features), save them beside
-their inputs and hand them out once; a later backward computes them again. Second derivatives go through the reference.
+their inputs and hand them out once; a later backward computes them again. float16 holds so small gradients only under
+the loss scale that its training takes, so there the backward makes them, of w times the upstream gradient (2 more
+reads). Second derivatives go through the reference.
 """
 
 from __future__ import annotations
@@ -97,8 +99,8 @@ class _WeightedSquares(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(student, teacher, weight_map)
         # A captured graph cannot hand a buffer out once: there the backward computes.
-        ctx.compiling = torch.compiler.is_compiling()
-        loss, *ctx.gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, not ctx.compiling)
+        ctx.later = torch.compiler.is_compiling() or student.dtype == torch.float16
+        loss, *ctx.gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, not ctx.later)
         return loss
 
     @staticmethod
@@ -116,13 +118,15 @@ class _WeightedSquares(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (student, teacher, weight_map)
             return (*by_reference(_weighted_squares_reference, inputs, needs, grad_output, True), None)
-        if gradients is None or ctx.compiling:
+        scaled = student.dtype == torch.float16
+        if gradients is None or ctx.later:
             # The same kernel on the same inputs: bit for bit what the first backward had.
-            gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, True)[1:]
+            weights = weight_map * grad_output if scaled else weight_map
+            gradients = _WeightedSquares.run(ctx, student, teacher, weights, True)[1:]
         of_student = of_teacher = of_map = None
         if needs[0] or needs[1]:
             gradient = gradients[0]
-            if gradient.numel():
+            if gradient.numel() and not scaled:
                 scale_rows_(gradient.flatten(1), grad_output.contiguous(), ctx.backend)
             of_student = gradient if needs[0] else None
             of_teacher = -gradient if needs[1] else None
