@@ -381,7 +381,8 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
 
     # BLOCK_K is of something else: a sparse teacher's classes.
     tile = [value for name, value in arguments.items() if name.startswith("BLOCK_") and name != "BLOCK_K"]
-    shape = tile if case["kernel"] != "linear_loss" else [arguments["BLOCK_M"], arguments["BLOCK_D"]]
+    both = ("BLOCK_M", "BLOCK_D")
+    shape = [arguments[name] for name in both] if arguments.keys() >= set(both) else tile
     elements = math.prod(shape) // (gpu.warp_size * options["num_warps"])
     itemsize = getattr(torch, case["dtype"]).itemsize
     grad_itemsize = getattr(torch, case["options"].get("grad_dtype", case["dtype"])).itemsize
