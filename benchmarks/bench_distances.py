@@ -1,4 +1,5 @@
-"""Distances of two batches of features, beside what people write today: eager PyTorch, `torch.compile` of it, and POT.
+"""Distances of two batches of features, beside what people write today: eager PyTorch, `torch.compile` of it, POT and
+geomloss.
 
 Forward + backward for x. The formulas are the textbooks'; KD²M's code has the same for the Gaussians, exact transport
 and the classes' loop. "cpu" is the native kernel; where there is none, our form in plain PyTorch goes by "reference".
@@ -19,6 +20,7 @@ from benchmarks import harness, peers
 from benchmarks.harness import Loss
 
 OT, NO_POT = peers.library("ot")
+GEOMLOSS, NO_GEOMLOSS = peers.library("geomloss")
 EPS = 1e-6
 
 
@@ -71,6 +73,35 @@ def pot_sliced(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     return OT.sliced_wasserstein_distance(x, y, projections=directions.T).square()
 
 
+BANDWIDTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
+
+
+def mmd(x: Tensor, y: Tensor) -> Tensor:
+    """As people write it: a kernel for each bandwidth, of three matrices of distances."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        squared = torch.cdist(a, b).square()
+        return sum(torch.exp(-squared / (2 * s * s)) for s in BANDWIDTHS)  # type: ignore[return-value]
+
+    return kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean()
+
+
+def mean_distance_mmd(x: Tensor, y: Tensor) -> Tensor:
+    """KD²M's."""
+    squared = [torch.cdist(a, b).square() for a, b in ((x, x), (y, y), (x, y))]
+    sigma = torch.stack([d.detach().sqrt().mean() for d in squared]).mean()
+    of_x, of_y, across = (torch.exp(-d / (2 * sigma * sigma)).mean() for d in squared)
+    return of_x + of_y - 2 * across
+
+
+def energy(x: Tensor, y: Tensor) -> Tensor:
+    return 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+
+
+def geomloss_energy(x: Tensor, y: Tensor) -> Tensor:
+    return 2 * GEOMLOSS.SamplesLoss("energy", backend="tensorized")(x, y)
+
+
 def transport(x: Tensor, y: Tensor) -> Tensor:
     """KD²M, with scipy for its plan."""
     from scipy.optimize import linear_sum_assignment
@@ -120,6 +151,7 @@ class Case(NamedTuple):
     ours: Loss
     shapes: tuple[tuple[int, int], ...]
     pot: Loss | None = None
+    geomloss: Loss | None = None
     native: bool = False
     compiles: bool = True
     inputs: Callable[[int, int], list[Tensor]] = pairs
@@ -149,6 +181,28 @@ CASES: Mapping[str, Case] = {
         compiles=False,
         inputs=labelled,
     ),
+    "mmd, 5 bandwidths": Case(
+        mmd,
+        partial(kdkernels.mmd, bandwidths=BANDWIDTHS),
+        ((128, 512), (1024, 256)),
+        native=True,
+    ),
+    "mmd, mean distance": Case(mean_distance_mmd, kdkernels.mmd, ((128, 512),), native=True),
+    "mmd of 100 classes": Case(
+        partial(each_class, mean_distance_mmd, 1),
+        lambda x, y, labels: kdkernels.mmd(x, y, labels=labels),
+        ((1024, 512),),
+        native=True,
+        compiles=False,
+        inputs=labelled,
+    ),
+    "energy_distance": Case(
+        energy,
+        kdkernels.energy_distance,
+        ((128, 512), (1024, 256)),
+        geomloss=geomloss_energy,
+        native=True,
+    ),
     "coral": Case(coral, kdkernels.coral, ((128, 512), (2048, 128))),
     "sliced_wasserstein": Case(
         sliced,
@@ -176,14 +230,19 @@ def test_distances(benchmark, name, shape):
         losses["compile"] = torch.compile(case.eager, dynamic=False)
     if case.pot is not None and OT is not None:
         losses["POT"] = case.pot
+    if case.geomloss is not None and GEOMLOSS is not None:
+        losses["geomloss"] = case.geomloss
     mine = "cpu" if case.native and harness.DEVICE == "cpu" else "reference"
     losses[mine] = case.ours
-    for loss in losses.values():  # one loss; how exact ours is, is tested
-        harness.check(loss, case.eager, inputs, "eager")
+    # One loss: ours is near the textbook's formula in float64.
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
+    truth = harness.evaluate(case.eager, exact, 1)
+    for provider, loss in losses.items():
+        harness.check(harness.evaluate(loss, inputs, 1), truth, inputs[0].dtype, provider)
     times = benchmark.pedantic(
         harness.measure,
         args=(losses, inputs),
-        kwargs={"backward": True, "seconds": 3.0},
+        kwargs={"leaves": 1, "others": {}, "seconds": 3.0},
         rounds=1,
         iterations=1,
     )
@@ -196,5 +255,5 @@ def test_distances(benchmark, name, shape):
         dtype="float32",
         what="forward+backward",
         providers=harness.summary(times, moved),
-        absent={"POT": NO_POT} if NO_POT else {},
+        absent={name: why for name, why in (("POT", NO_POT), ("geomloss", NO_GEOMLOSS)) if why},
     )

@@ -261,6 +261,51 @@ struct GaussianParams {
   DType dtype;
 };
 
+// The kernels of a maximum mean discrepancy, each summed over the bandwidths s; r = |a - b|.
+enum class MmdKernel : int32_t {
+  kRbf = 0,         // e^(-r^2 / (2 s^2))
+  kLaplacian = 1,   // e^(-r / s)
+  kPolynomial = 2,  // (ab / s^2 + 1)^3
+  kImq = 3,         // (1 + r^2 / s^2)^(-1/2)
+  kEnergy = 4,      // -r, without a bandwidth
+};
+
+// Maximum mean discrepancies of two batches of features, with samples' weights u and v that are
+// made to add up to 1:
+//
+//   loss = sum_ij u_i u_j k(x_i, x_j) + sum_ij v_i v_j k(y_i, y_j) - 2 sum_ij u_i v_j k(x_i, y_j)
+//
+// `unbiased` leaves i = j out of the first two, and divides them by 1 - sum_i u_i^2 (v_i^2). Without
+// bandwidths there is one, the mean of the three sums with r for k (all pairs; 1 where that is 0),
+// which is taken for a constant; of the polynomial, sqrt(features). With labels (x and y have the
+// same samples then), the sum over each problem's classes, each with a bandwidth of its own. A
+// problem or class without a sample of positive weight on each side (`unbiased`: two) is 0. Where
+// x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r at
+// r = 0 is 0. A null output is not computed.
+struct MmdParams {
+  const void* x;           // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
+  const void* y;           // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
+  const int64_t* labels;   // (problems, x_samples) contiguous, or null
+  const void* x_weights;   // (problems, x_samples) statistics, contiguous, or null: 1
+  const void* y_weights;   // (problems, y_samples) statistics, contiguous, or null: 1
+  const void* bandwidths;  // (bandwidth_count,) statistics, contiguous, or null
+  void* loss;              // (problems,) statistics
+  void* grad_x;            // (problems, x_samples, features) contiguous, or null
+  void* grad_y;            // (problems, y_samples, features) contiguous, or null
+  int64_t bandwidth_count;
+  int64_t problems;
+  int64_t x_samples;
+  int64_t y_samples;
+  int64_t features;
+  int64_t x_problem_stride;
+  int64_t x_stride;
+  int64_t y_problem_stride;
+  int64_t y_stride;
+  MmdKernel kernel;
+  bool unbiased;
+  DType dtype;
+};
+
 // Squared differences of feature maps under a weight map:
 //
 //   loss = sum_n,hw weight_map_n,hw sum_c (student - teacher)^2_nc,hw
@@ -335,6 +380,7 @@ void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
 void masked_feature_loss(const MaskedFeatureLossParams& params, int threads);
+void mmd(const MmdParams& params, int threads);
 void multi_teacher_kl_div(const MultiTeacherKlDivParams& params, int threads);
 void pool_mse(const PoolMseParams& params, int threads);
 void topk_kl_div(const TopkKlDivParams& params, int threads);

@@ -28,6 +28,14 @@ from kdkernels.ops.masked_feature_loss import (
     masked_feature_loss,
     masked_feature_loss_reference,
 )
+from kdkernels.ops.mmd import (
+    EnergyDistanceLoss,
+    MMDLoss,
+    energy_distance,
+    energy_distance_reference,
+    mmd,
+    mmd_reference,
+)
 from kdkernels.ops.multi_teacher_kl_div import (
     MultiTeacherKLDivLoss,
     multi_teacher_kl_div,
@@ -68,6 +76,7 @@ __all__ = [
     "CoralLoss",
     "DKDLoss",
     "DistillationLoss",
+    "EnergyDistanceLoss",
     "GaussianKLLoss",
     "GaussianWassersteinLoss",
     "GromovWassersteinLoss",
@@ -78,6 +87,7 @@ __all__ = [
     "LearnableTemperature",
     "LinearDistillationLoss",
     "LinearKLDivLoss",
+    "MMDLoss",
     "MaskedFeatureLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
@@ -98,6 +108,8 @@ __all__ = [
     "distillation_loss_reference",
     "dkd",
     "dkd_reference",
+    "energy_distance",
+    "energy_distance_reference",
     "gaussian_kl",
     "gaussian_kl_reference",
     "gaussian_wasserstein",
@@ -118,6 +130,8 @@ __all__ = [
     "linear_kl_div_reference",
     "masked_feature_loss",
     "masked_feature_loss_reference",
+    "mmd",
+    "mmd_reference",
     "multi_teacher_kl_div",
     "multi_teacher_kl_div_reference",
     "nkd",

@@ -510,6 +510,49 @@ def native_masked_feature_loss(
     return masked_feature_loss
 
 
+def native_mmd(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def mmd(
+        x: Tensor,  # (B, n, d), features side by side
+        y: Tensor,  # (B, m, d), features side by side
+        labels: Tensor | None,  # (B, n) int64, contiguous
+        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
+        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+        bandwidths: Tensor | None,  # (K,) statistics' dtype, contiguous
+        kernel: int,
+        unbiased: bool,
+        loss: Tensor,  # (B,)
+        grad_x: Tensor | None,  # (B, n, d) contiguous
+        grad_y: Tensor | None,  # (B, m, d) contiguous
+    ) -> None:
+        problems, samples, width = x.shape
+        run(
+            where(x),
+            _DTYPE_CODE[x.dtype],
+            problems,
+            samples,
+            y.shape[1],
+            width,
+            *x.stride()[:2],
+            *y.stride()[:2],
+            x.data_ptr(),
+            y.data_ptr(),
+            _address(labels),
+            _address(x_weights),
+            _address(y_weights),
+            _address(bandwidths),
+            0 if bandwidths is None else len(bandwidths),
+            kernel,
+            unbiased,
+            loss.data_ptr(),
+            _address(grad_x),
+            _address(grad_y),
+        )
+
+    return mmd
+
+
 def native_sliced_wasserstein(
     run: Callable[..., None], where: Callable[[Tensor], int]
 ) -> Callable[..., None]:
@@ -559,6 +602,7 @@ NATIVE = {
 NATIVE_CPU = {
     "gaussian": native_gaussian,
     "masked_feature_loss": native_masked_feature_loss,
+    "mmd": native_mmd,
     "sliced_wasserstein": native_sliced_wasserstein,
 }
 

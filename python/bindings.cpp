@@ -223,6 +223,37 @@ GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, i
   return params;
 }
 
+MmdParams mmd_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
+                     int64_t features, int64_t x_problem_stride, int64_t x_stride,
+                     int64_t y_problem_stride, int64_t y_stride, uintptr_t x, uintptr_t y,
+                     uintptr_t labels, uintptr_t x_weights, uintptr_t y_weights,
+                     uintptr_t bandwidths, int64_t bandwidth_count, int kernel, bool unbiased,
+                     uintptr_t loss, uintptr_t grad_x, uintptr_t grad_y) {
+  MmdParams params;
+  params.x = address<const void>(x);
+  params.y = address<const void>(y);
+  params.labels = address<const int64_t>(labels);
+  params.x_weights = address<const void>(x_weights);
+  params.y_weights = address<const void>(y_weights);
+  params.bandwidths = address<const void>(bandwidths);
+  params.loss = address<void>(loss);
+  params.grad_x = address<void>(grad_x);
+  params.grad_y = address<void>(grad_y);
+  params.bandwidth_count = bandwidth_count;
+  params.problems = problems;
+  params.x_samples = x_samples;
+  params.y_samples = y_samples;
+  params.features = features;
+  params.x_problem_stride = x_problem_stride;
+  params.x_stride = x_stride;
+  params.y_problem_stride = y_problem_stride;
+  params.y_stride = y_stride;
+  params.kernel = static_cast<MmdKernel>(kernel);
+  params.unbiased = unbiased;
+  params.dtype = static_cast<DType>(dtype);
+  return params;
+}
+
 MaskedFeatureLossParams masked_feature_loss_params(int dtype, int64_t samples, int64_t channels,
                                                    int64_t positions, uintptr_t student,
                                                    uintptr_t teacher, uintptr_t weight_map,
@@ -319,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
     return cpu::count_labels(address<const int64_t>(labels), rows, label);
   });
   bind_cpu(m, "cpu_masked_feature_loss", masked_feature_loss_params, cpu::masked_feature_loss);
+  bind_cpu(m, "cpu_mmd", mmd_params, cpu::mmd);
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
   bind_cpu(m, "cpu_pool_mse", pool_mse_params, cpu::pool_mse);
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);

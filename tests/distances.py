@@ -29,6 +29,8 @@ class Case(NamedTuple):
     repeats: bool = True  # a sample of weight 2 is a sample that is there twice
     pot: bool = False  # weights and n != m take POT
     constant_weights: bool = False  # weights have no gradient
+    signed: bool = False  # may be negative, and is not 0 where x equals y
+    terms: float = 0.0  # of sums of this order it is the difference
 
 
 CASES = {
@@ -38,6 +40,23 @@ CASES = {
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
+    "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu"), terms=12),
+    "mmd, unbiased": Case(
+        partial(kdkernels.mmd, bandwidths=6.0, estimator="unbiased"),
+        ("reference", "cpu"),
+        repeats=False,
+        signed=True,
+        terms=4,
+    ),
+    "mmd, laplacian": Case(
+        partial(kdkernels.mmd, kernel="laplacian", bandwidths=[6.0, 3.0]), ("reference", "cpu"), terms=8
+    ),
+    "mmd, polynomial": Case(partial(kdkernels.mmd, kernel="polynomial"), ("reference", "cpu"), terms=200),
+    "mmd, imq": Case(
+        partial(kdkernels.mmd, kernel="imq", bandwidths=(3.0, 9.0)), ("reference", "cpu"), terms=8
+    ),
+    "mmd, linear": Case(partial(kdkernels.mmd, kernel="linear"), terms=4),
+    "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu"), terms=20),
     "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
@@ -108,16 +127,18 @@ def gradients(
     return loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
 
 
-def assert_equal_up_to_rounding(got: Sequence[Tensor], truth: Sequence[Tensor], scale: float = 1.0) -> None:
+def assert_equal_up_to_rounding(
+    got: Sequence[Tensor], truth: Sequence[Tensor], scale: float = 1.0, terms: float = 0.0
+) -> None:
     """Losses and gradients, each to 64 eps of float32 (float64) of its largest value; `scale` is what the arithmetic
-    goes through beyond that."""
+    goes through beyond that, and `terms` the order of what is differenced, whose 8 eps are left."""
     for a, b in zip(got, truth, strict=True):
         assert a.shape == b.shape and torch.isfinite(a).all()
         own = torch.finfo(a.dtype).eps if a.dtype == torch.float64 else EPS32
         largest = b.abs().max().item() if b.numel() else 0.0
         information = torch.finfo(a.dtype)
         rounding = information.eps * b.double().abs() + information.smallest_normal * information.eps
-        error = (a.double() - b.double()).abs() / (64 * own * scale * largest + rounding)
+        error = (a.double() - b.double()).abs() / (64 * own * scale * largest + 8 * own * terms + rounding)
         assert (error <= 1).all(), (
             f"error {error.max():.2g} of what is allowed, of values up to {largest:.2g}"
         )

@@ -29,6 +29,9 @@ CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
 TRITON_ROWS = "kdkernels/_triton/rows.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
+REPORT, EXPERIMENT, DISTRIBUTED = (
+    f"kdkernels/train/{stem}.py" for stem in ("report", "experiment", "distributed")
+)
 OP_TOPK, OP_MULTI = "kdkernels/ops/topk_kl_div.py", "kdkernels/ops/multi_teacher_kl_div.py"
 CPU_POOL, CUDA_POOL = "csrc/cpu/pool_mse.cpp", "csrc/cuda/pool_mse.cu"
 TRITON_POOL, OP_POOL = "kdkernels/_triton/pool_mse.py", "kdkernels/ops/pool_mse.py"
@@ -38,6 +41,7 @@ CPU_FAMILY, TEMPERATURE = "csrc/cpu/logit_loss.cpp", "kdkernels/ops/temperature.
 LINEAR, PROJECTION = "kdkernels/ops/linear_loss.py", "kdkernels/ops/projection.py"
 STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/shared_classifier_loss.py"
 CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
+CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
 )
@@ -261,7 +265,17 @@ MUTATIONS = [
     Mutation("pool triton: mask ignored", TRITON_POOL, "live = tl.load(mask_ptr + sample) != 0", "live = tl.load(mask_ptr + sample) < 2", pool(backend="triton")),
     Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
     Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
-    Mutation("train: T² missing", TRAIN, "temperature**2 * kl_div(", "kl_div(", "tests/test_train.py -k 'loss or soft or gradient'"),
+    Mutation("train: the pool's first images again", TRAIN, "        drawn += more", "        drawn += 0", "tests/test_train.py -k 'pool'"),
+    Mutation("train: a milestone late", TRAIN, "step // steps_per_epoch >= epoch", "step // steps_per_epoch > epoch", "tests/test_train.py -k 'rates'"),
+    Mutation("train: a piece weighs as a batch", TRAIN, "weight = len(some) * world / len(rows)", "weight = 1.0", "tests/test_train_methods.py -k 'pieces'"),
+    Mutation("train: random state not restored", TRAIN, 'torch.set_rng_state(state["random"])', "pass", "tests/test_train_methods.py -k 'killed and mgd'"),
+    Mutation("train: optimizer not restored", TRAIN, "optimizer.load_state_dict(one)", "pass", "tests/test_train_methods.py -k 'killed and kd'"),
+    Mutation("train: lines of lost epochs kept", REPORT, "os.truncate(metrics, size)", "pass", "tests/test_train_methods.py -k 'killed'"),
+    Mutation("train: last of equal epochs", EXPERIMENT, "epoch.validation_accuracy > best.validation_accuracy", "epoch.validation_accuracy >= best.validation_accuracy", "tests/test_train.py -k 'best_on_validation'"),
+    Mutation("train: scored on training images", EXPERIMENT, 'accuracy(module, self.data, "test"', 'accuracy(module, self.data, "train"', "tests/test_train.py -k 'scored'"),
+    Mutation("train: outputs of other images", "kdkernels/train/outputs.py", "torch.arange(len(images))\n", "torch.arange(len(images)).flip(0)\n", "tests/test_train_methods.py -k 'npy'"),
+    Mutation("train: statistics' gradient not summed", DISTRIBUTED, "        dist.all_reduce(grad)\n", "", "tests/test_train_distributed.py"),
+    Mutation("train: running variance of a sample", DISTRIBUTED, "variance * total / (total - 1)", "variance", "tests/test_train_distributed.py"),
     Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: sign of y's gradient", CPU_GAUSSIAN, "write_gradient(y, weight_y, n, S(-1)", "write_gradient(y, weight_y, n, S(1)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
@@ -289,6 +303,31 @@ MUTATIONS = [
     Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
     Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
     Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
+    Mutation("mmd cpu: zero gradient", CPU_MMD, "4 * weight * (sum * z[j] - to[j])", "0 * weight * (sum * z[j] - to[j])", distance("mmd", "definition")),
+    Mutation("mmd cpu: zero gradient of products", CPU_MMD, "2 * weight * to[j]", "0 * weight * to[j]", distance("mmd", "definition")),
+    Mutation("mmd cpu: sign of the gradient", CPU_MMD, "(sum * z[j] - to[j])", "(to[j] - sum * z[j])", distance("mmd", "definition")),
+    Mutation("mmd cpu: sign of the pairs across", CPU_MMD, "which == 0 ? own.within : -1", "which == 0 ? own.within : 1", distance("mmd", "definition")),
+    Mutation("mmd cpu: last sample skipped", CPU_MMD, "std::min(panels * kPanel<S>, other.count - first)", "std::min(panels * kPanel<S>, other.count - 1 - first)", distance("mmd", "every_size")),
+    Mutation("mmd cpu: last features skipped", CPU_MMD, "for (; f < stride; f += kCount)", "for (; f < 0; f += kCount)", distance("mmd", "every_size")),
+    Mutation("mmd cpu: last depth alone", CPU_MMD, "depth, k > 0,", "depth, false,", distance("mmd", "every_size")),
+    Mutation("mmd cpu: halves counted once", CPU_MMD, "half && !diagonal ? 2 * sum : sum", "sum", distance("mmd", "every_size")),
+    Mutation("mmd cpu: near pairs not differenced", CPU_MMD, "kNear = 1.0 / 64", "kNear = 0.0", distance("mmd", "near_samples")),
+    Mutation("mmd cpu: near pairs without gradient", CPU_MMD, "add_scaled_difference(-scratch.near_slopes[k]", "add_scaled_difference(S(0) * scratch.near_slopes[k]", distance("mmd", "near_samples")),
+    Mutation("mmd cpu: pairs i = i counted", CPU_MMD, "scratch.values[i - first] = scratch.slopes[i - first] = S(0);", "", distance("mmd", "definition")),
+    Mutation("mmd cpu: equal is what rounding leaves", CPU_MMD, "std::equal(z, z + sides[0].count * stride, sides[1].z)", "false", distance("features", "exactly_zero and (mmd or energy)")),
+    Mutation("mmd cpu: a little less than nothing", CPU_MMD, "!params.unbiased && loss < 0 ? 0 : loss", "loss", distance("mmd", "another_order")),
+    Mutation("mmd cpu: mean distance within only", CPU_MMD, "(sums[0] + sums[1] + sums[2]) / 3", "(sums[0] + sums[1]) / 2", distance("mmd", "mean_distance")),
+    Mutation("mmd cpu: powers of powers", CPU_MMD, "rate / computed < 4.5", "true", distance("mmd", "are_powers")),
+    Mutation("mmd cpu: one squaring too many", CPU_MMD, "close && is(4) ? 2 : 0", "close && is(4) ? 3 : 0", distance("mmd", "are_powers")),
+    Mutation("mmd cpu: weights ignored", CPU_MMD, "weight_of(weights[s], sides[s].rows[i]) / totals[s]", "1.0 / static_cast<double>(sides[s].count)", distance("mmd", "definition")),
+    Mutation("mmd cpu: one class", CPU_MMD, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
+    Mutation("mmd op: buffer handed out twice", OP_MMD, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
+    Mutation("mmd op: upstream gradient ignored", OP_MMD, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
+    Mutation("mmd: mean distance has a gradient", OP_MMD, "@torch.no_grad()\ndef _mean_distance", "def _mean_distance", distance("mmd", "mean_distance")),
+    Mutation("mmd: what cancels drowns the rest", OP_MMD, "torch.where(squared == 0, 0, grad_output)", "grad_output", distance("mmd", "narrow")),
+    Mutation("mmd: second derivative of equal samples", OP_MMD, "if not torch.is_grad_enabled():", "if True:", distance("mmd", "second_derivative")),
+    Mutation("mmd: NaN is 0", OP_MMD, "zero = squared == 0", "zero = ~(squared > 0)", distance("mmd", "nan")),
+    Mutation("mmd, linear: moved where weights differ", OP_MMD, "0 if weighted else", "", distance("mmd", "definition")),
     Mutation("sliced cpu: zero gradient", CPU_SLICED, "= share * slope;", "= 0 * slope;", distance("sliced_wasserstein", "one_dimension")),
     Mutation("sliced cpu: sign of y's gradient", CPU_SLICED, "= -share * slope;", "= share * slope;", distance("sliced_wasserstein", "one_dimension")),
     Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),

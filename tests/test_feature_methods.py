@@ -313,6 +313,26 @@ def gromov(x: Tensor, y: Tensor) -> Tensor:
     return torch.einsum("ij,ijkl,kl->", plan, between, plan)
 
 
+def pairs(x: Tensor, y: Tensor) -> Tensor:
+    """Distances of all pairs, whose derivative at 0 is 0."""
+    square = (x[:, None] - y[None]).square().sum(2)
+    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+
+
+def means(of: Any, x: Tensor, y: Tensor) -> Tensor:
+    return of(x, x).mean() + of(y, y).mean() - 2 * of(x, y).mean()
+
+
+def mmd_rbf(x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        bandwidth = (pairs(x, x).mean() + pairs(y, y).mean() + pairs(x, y).mean()) / 3
+    return means(lambda a, b: (-pairs(a, b).square() / (2 * bandwidth**2)).exp(), x, y)
+
+
+def energy(x: Tensor, y: Tensor) -> Tensor:
+    return -means(pairs, x, y)
+
+
 def by_class(distance: Any, least: int = 1) -> Any:
     def total(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
         groups = [labels == c for c in labels.unique()]
@@ -327,6 +347,9 @@ def distance(metric: str, x: Tensor, y: Tensor, labels: Tensor, z: Tensor, z_t: 
         "gaussian-w2": gaussian_w2,
         "bures": bures,
         "gaussian-kl": gaussian_kl,
+        "mmd-linear": lambda a, b: (a.mean(0) - b.mean(0)).square().sum(),
+        "mmd-rbf": mmd_rbf,
+        "energy": energy,
         "sliced": sliced,
         "gromov": gromov,
         "coral": coral,

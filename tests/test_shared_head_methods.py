@@ -197,6 +197,18 @@ def test_atsc(kind, labelled):
     assert {n for n, p in method.named_parameters()} - trained == {"student.fc.weight", "student.fc.bias"}
 
 
+def test_atsc_anchors_all_that_it_is_asked_to():
+    images, labels = batch()
+    for least in (0, 1, 2, 5):
+        method = make("atsc", *pair(), anchor_min_dim=least)
+        far = 0.0
+        with torch.no_grad():
+            for p in method.teacher.parameters():
+                p += 0.1
+                far += 0.01 * p.numel() if p.dim() >= least else 0.0
+        assert method(images, labels).terms["anchor"].item() == pytest.approx(far)
+
+
 @labelled
 def test_atsc_with_the_other_terms(labelled):
     """The head learns from both sides' logits."""

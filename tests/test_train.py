@@ -20,7 +20,7 @@ import torch
 for library in ("typer", "rich", "matplotlib", "sklearn", "lightning_fabric", "tensorboard", "safetensors"):
     pytest.importorskip(library, reason="kdkernels[train] is not installed")
 
-from kdkernels.methods import load_deployable  # noqa: E402
+from kdkernels.methods import deployable, load_deployable  # noqa: E402
 from kdkernels.train import data, experiment, loop, models, report  # noqa: E402
 from kdkernels.train.__main__ import main  # noqa: E402
 
@@ -531,7 +531,8 @@ def fill_disk(monkeypatch, room: int) -> None:
         return FullDisk(open(*arguments, **options))
 
     monkeypatch.setattr(FullDisk, "room", room)
-    monkeypatch.setattr(report, "open", opened, raising=False)
+    for module in (report, deployable):
+        monkeypatch.setattr(module, "open", opened, raising=False)
 
 
 @pytest.mark.parametrize("room", [0, 100, 2_000, 345_000, 351_060, 352_000, 400_000])

@@ -15,7 +15,7 @@ for library in ("typer", "rich", "matplotlib", "sklearn", "lightning_fabric", "t
     pytest.importorskip(library, reason="kdkernels[train] is not installed")
 
 from kdkernels.methods import METHODS, METRICS  # noqa: E402
-from kdkernels.train import data, load, loop, models, recipes  # noqa: E402
+from kdkernels.train import data, load, loop, models, outputs, recipes  # noqa: E402
 from kdkernels.train.__main__ import main  # noqa: E402
 
 SHORT = ["--epochs", "2", "--teacher-epochs", "2"]
@@ -237,7 +237,7 @@ def test_compare_makes_a_table_and_a_plot(tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
-def test_the_teacher_s_outputs_lie_in_npy_files_and_change_nothing(tmp_path):
+def test_the_teacher_s_outputs_lie_in_npy_files_and_change_nothing(tmp_path, monkeypatch):
     import numpy as np
 
     plain = digits(tmp_path, "plain", "--method", "simkd", *MAPS, *SHORT)
@@ -249,6 +249,10 @@ def test_the_teacher_s_outputs_lie_in_npy_files_and_change_nothing(tmp_path):
     parts = data.split(whole.train_labels, whole.validation_size, 100, 0)
     assert np.array_equal(images, parts.labelled.sort().values.numpy())
     assert maps.shape[:2] == (100, 64)
+    monkeypatch.setattr(outputs, "IN_MEMORY", 0)  # then the teacher runs in every step
+    anew = digits(tmp_path, "anew", "--method", "simkd", *MAPS, *SHORT)
+    for one, two in zip(metrics_of(plain), metrics_of(anew), strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
 
 
 def test_pieces_of_a_batch_give_the_batch_s_result(tmp_path):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../kdkernels.h"
+#include "classes.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -16,40 +17,6 @@ namespace {
 constexpr int64_t kColumns = 64;
 // After so many rows a sum goes on in float64.
 constexpr int64_t kRows = 32;
-
-// The rows of each class, one class after the other.
-struct Classes {
-  std::vector<int64_t> rows;
-  std::vector<int64_t> starts;  // of each class, and the number of rows
-};
-
-Classes classes_of(const int64_t* labels, int64_t n) {
-  Classes classes;
-  classes.rows.resize(n);
-  if (n == 0) return classes;
-  const auto [low, high] = std::minmax_element(labels, labels + n);
-  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
-  if (range < static_cast<uint64_t>(4 * n + 1024)) {
-    std::vector<int64_t> place(range + 2);
-    for (int64_t i = 0; i < n; ++i) ++place[labels[i] - *low + 1];
-    for (uint64_t label = 0; label <= range; ++label) {
-      if (place[label + 1] > 0) classes.starts.push_back(place[label]);
-      place[label + 1] += place[label];
-    }
-    for (int64_t i = 0; i < n; ++i) classes.rows[place[labels[i] - *low]++] = i;
-  } else {
-    for (int64_t i = 0; i < n; ++i) classes.rows[i] = i;
-    std::stable_sort(classes.rows.begin(), classes.rows.end(),
-                     [&](int64_t a, int64_t b) { return labels[a] < labels[b]; });
-    for (int64_t i = 0; i < n; ++i) {
-      if (i == 0 || labels[classes.rows[i]] != labels[classes.rows[i - 1]]) {
-        classes.starts.push_back(i);
-      }
-    }
-  }
-  classes.starts.push_back(n);
-  return classes;
-}
 
 // The samples of one class on one side, and the columns of the task.
 template <typename T>

@@ -8,6 +8,9 @@ steps:
 The teacher is in training mode, as in the authors' code. Step B there trains the classifier's bias alone
 (`head_update="bias"`); "full" trains its weight too, "none" leaves step B out.
 
+Biases and normalisations are free there, and on few images the teacher may shrink its features, and the loss, to
+nothing with them: `anchor_min_dim=1` holds them too, and a `hard_weight` gives the features something to say.
+
 Several teachers: each has its connector and its classifier; losses and logits are their means. The paper's own
 algorithm for several was not at hand: this is our reading.
 
@@ -56,6 +59,7 @@ class ATSC(SharedHead):
         teacher: nn.Module | Sequence[nn.Module],
         *,
         anchor_weight: float = 1.0,
+        anchor_min_dim: int = 2,
         head_update: str = "bias",
         connector: str | nn.Module = "bottleneck",
         factor: int = 2,
@@ -76,7 +80,9 @@ class ATSC(SharedHead):
         self.connectors = nn.ModuleList([self.connector, *more])
         self.anchor_weight, self.head_update = anchor_weight, head_update
         self.teacher_training = teacher_training
-        self.penalties = nn.ModuleList(AnchorPenaltyLoss(t.parameters(), min_dim=2) for t in teachers)
+        self.penalties = nn.ModuleList(
+            AnchorPenaltyLoss(t.parameters(), min_dim=anchor_min_dim) for t in teachers
+        )
 
     def frozen(self) -> list[nn.Module]:
         return []

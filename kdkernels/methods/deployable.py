@@ -26,6 +26,22 @@ class Cost(NamedTuple):
     flops: int
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: what stood at `path` stays until the new bytes are on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say of which file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Deployable(nn.Module):
     """A student ready to be shipped: images in, logits out. A copy: training on does not change it.
 
@@ -101,17 +117,7 @@ class Deployable(nn.Module):
         tensors = {
             name: value.detach().cpu().clone().contiguous() for name, value in self.state_dict().items()
         }
-        content = save(tensors, {"format": FORMAT, "structure": json.dumps(structure)})
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(Path(path), save(tensors, {"format": FORMAT, "structure": json.dumps(structure)}))
 
 
 def classify(maps: Tensor, classifier: nn.Module) -> Tensor:  # (M, C, H, W) -> (M, N)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kdkernels.train.report import write_atomically
+from kdkernels.methods.deployable import write_atomically
 
 
 class CompareError(Exception):

@@ -25,26 +25,11 @@ from torch import Tensor
 import kdkernels
 from kdkernels.backend import resolve
 from kdkernels.methods import Cost, Deployable
+from kdkernels.methods.deployable import write_atomically
 from kdkernels.train.loop import Epoch, Training, TrainingError
 
 if TYPE_CHECKING:
     from kdkernels.train.experiment import Config
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: what stood at `path` stays until the new bytes are on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not say of which file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -316,13 +316,13 @@ def _cnn_16_32_64(classes: int, channels: int, _: int) -> nn.Sequential:
     )
 
 
-def _cnn_8_16_32(classes: int, channels: int, _: int) -> nn.Sequential:
+def _small_cnn(classes: int, channels: int, _: int, widths: tuple[int, int, int]) -> nn.Sequential:
     return nn.Sequential(
-        *_pooled_conv(channels, 8, pool=True),
-        *_pooled_conv(8, 16, pool=True),
-        *_pooled_conv(16, 32),
+        *_pooled_conv(channels, widths[0], pool=True),
+        *_pooled_conv(widths[0], widths[1], pool=True),
+        *_pooled_conv(widths[1], widths[2]),
         GlobalAverage(),
-        nn.Linear(32, classes),
+        nn.Linear(widths[2], classes),
     )
 
 
@@ -362,7 +362,8 @@ _MAKERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "shufflenet_v2": partial(_shufflenet_v2, widths=(116, 232, 464)),
     "shufflenet_v2_x1_5": partial(_shufflenet_v2, widths=(176, 352, 704)),
     "cnn-16-32-64": _cnn_16_32_64,
-    "cnn-8-16-32": _cnn_8_16_32,
+    "cnn-12-24-48": partial(_small_cnn, widths=(12, 24, 48)),  # between the two, for an assistant
+    "cnn-8-16-32": partial(_small_cnn, widths=(8, 16, 32)),
     "mlp-256-256": partial(_mlp, widths=(256, 256)),
     "mlp-16": partial(_mlp, widths=(16,)),
 }
