@@ -64,7 +64,6 @@ CASES = {
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
     "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),
 }
-# Triton's kernels, and so its tests, have no float64.
 GRID = [(name, backend) for name, case in CASES.items() for backend in case.backends]
 
 
