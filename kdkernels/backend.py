@@ -657,7 +657,12 @@ NATIVE = {
     "topk_kl_div": native_topk_kl_div,
 }
 # What Triton has: a problem's iterations in one block are C++.
-TRITON = (*(name for name in NATIVE if name != "sinkhorn"), "linear_loss")
+TRITON = (
+    *(name for name in NATIVE if name != "sinkhorn"),
+    "gaussian",
+    "linear_loss",
+    "masked_feature_loss",
+)
 # What the native module has for the CPU alone.
 NATIVE_CPU = {
     "gaussian": native_gaussian,

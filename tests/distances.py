@@ -34,9 +34,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu")),
+    "gaussian_wasserstein": Case(kdkernels.gaussian_wasserstein, ("reference", "cpu", "triton")),
     "gaussian_wasserstein, full": Case(partial(kdkernels.gaussian_wasserstein, covariance="full")),
-    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu")),
+    "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu", "triton")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
@@ -75,24 +75,31 @@ GRID = [(name, backend) for name, case in CASES.items() for backend in case.back
 
 def ready(name: str, backend: str | None, *, weighted: bool) -> Callable[..., Tensor]:
     """The case's function with that backend; the test is skipped where POT is needed and absent."""
-    from conftest import _missing
+    from conftest import _missing, device_of
 
     case = CASES[name]
-    state = "available" if backend is None else kdkernels.available_backends("cpu")[backend]
+    state = "available" if backend is None else kdkernels.available_backends(device_of(backend))[backend]
     if state != "available":
         _missing(f"backend {backend}: {state}")
     if weighted and case.pot and importlib.util.find_spec("ot") is None:
         _missing("POT is not installed")
-    return partial(case.function, backend=backend)
+    return partial(moved, case.function, backend)
 
 
 over_cases = pytest.mark.parametrize(("name", "backend"), GRID, ids=[f"{n}-{b}" for n, b in GRID])
 
 
 def features(
-    *batch_n_d: int, m: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0
+    *batch_n_d: int,
+    m: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x and y of another mean, spread and correlation: distances and gradients of order 1."""
+    """x and y of another mean, spread and correlation: distances and gradients of order 1. In float32 where `backend`
+    has no float64."""
+    if backend == "triton" and dtype == torch.float64:
+        dtype = torch.float32
     generator = torch.Generator().manual_seed(seed)
     *batch, n, d = batch_n_d
 
@@ -103,6 +110,15 @@ def features(
     x = normal(*batch, n, d) @ mix + 0.5 * normal(d)
     y = 0.6 * normal(*batch, n if m is None else m, d) + 0.3 * normal(d) + 1
     return x.to(dtype), y.to(dtype)
+
+
+def moved(function: Callable[..., Tensor], backend: str | None, *inputs: Tensor, **options: Any) -> Tensor:
+    """`function` of tensors that were brought to the device of `backend`, and its result from there."""
+    from conftest import device_of
+
+    device = "cpu" if backend is None else device_of(backend)
+    there = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in options.items()}
+    return function(*(x.to(device) for x in inputs), backend=backend, **there).cpu()
 
 
 def gradients(

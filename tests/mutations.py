@@ -49,7 +49,18 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
+TRITON_GAUSSIAN, TRITON_MASKED = (
+    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss")
+)
 METHODS = "kdkernels/methods"
+
+
+def gaussian(backend: str, *words: str) -> str:
+    return grid(backend, *(words or ("diagonal", "sizes")), op="gaussian")
+
+
+def masked(backend: str) -> str:
+    return grid(backend, "formula", "sizes", op="masked_feature_loss")
 
 
 def grid(backend: str, *words: str, op: str = "kl_div") -> str:
@@ -278,6 +289,17 @@ MUTATIONS = [
     Mutation("gaussian cpu: ratio that rounds to 0", CPU_GAUSSIAN, "more < S(0) ? -more / a : t", "more < S(0) ? S(1) / (S(1) + t) - S(1) : t", distance("gaussian", "dead_units")),
     Mutation("gaussian cpu: origin without weight", CPU_GAUSSIAN, "while (samples.weight(first) == S(0)) ++first;", "", distance("gaussian", "one_sample_with_weight")),
     Mutation("gaussian cpu: one class", CPU_GAUSSIAN, "c + 1 < classes.starts.size()", "c < 1", distance("features", "labels_are")),
+    Mutation("gaussian triton: zero gradient", TRITON_GAUSSIAN, "grad = share[:, None] *", "grad = 0.0 * share[:, None] *", gaussian("triton")),
+    Mutation("gaussian triton: sign of y's gradient", TRITON_GAUSSIAN, "            -push,", "            push,", gaussian("triton")),
+    Mutation("gaussian triton: last columns skipped", TRITON_GAUSSIAN, "inside = column < features", "inside = column < features - 1", gaussian("triton")),
+    Mutation("gaussian triton: last samples skipped", TRITON_GAUSSIAN, "exists = i < end", "exists = i < end - 1", gaussian("triton")),
+    Mutation("gaussian triton: weights ignored", TRITON_GAUSSIAN, "weight = tl.load(weights_ptr + row, mask=exists, other=0.0)", "weight *= 1.0", gaussian("triton")),
+    Mutation("gaussian triton: parts but the first ignored", TRITON_GAUSSIAN, "weight = tl.load(part_weights_ptr + part)", "weight = tl.load(part_weights_ptr + part) * (part < 1)", gaussian("triton")),
+    Mutation("gaussian triton: no variance between lanes", TRITON_GAUSSIAN, "squares + (weight[:, None] * away) * away", "squares", gaussian("triton")),
+    Mutation("gaussian triton: no mean to start from", TRITON_GAUSSIAN, "pivot = tl.where(total > 0.0, pivot, 0.0)", "pivot = tl.zeros_like(pivot)", gaussian("triton", "constant")),
+    Mutation("gaussian triton: no series near 1", TRITON_GAUSSIAN, "near = (t >= -0.5) & (t <= 1.0)", "near = t > 3e38", gaussian("triton", "near")),
+    Mutation("gaussian triton: min_samples ignored", TRITON_GAUSSIAN, "(x_count >= min_samples) & (y_count >= min_samples)", "(x_count >= 0)", gaussian("triton", "min_samples")),
+    Mutation("gaussian triton: classes not gathered", TRITON_GAUSSIAN, "row = tl.load(order_ptr + i, mask=exists, other=0)", "row = i.to(tl.int64)", gaussian("triton", "many_sizes")),
     Mutation("gaussian op: buffer handed out twice", OP_GAUSSIAN, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
     Mutation("gaussian op: upstream gradient ignored", OP_GAUSSIAN, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
     Mutation("bures: zero gradient", OP_GAUSSIAN, "return scale * of_a, None", "return 0 * scale * of_a, None", distance("gaussian", "textbook")),
@@ -364,6 +386,14 @@ MUTATIONS = [
     Mutation("anchor: min_dim ignored", "kdkernels/ops/anchor_penalty.py", "for theta, anchor in zip(*every) if theta.dim() >= min_dim", "for theta, anchor in zip(*every)", "tests/test_anchor_penalty.py"),
     Mutation("masked: M not squared", "kdkernels/ops/masked_feature_loss.py", "masks.square()).sum(1)", "masks).sum(1)", "tests/test_masked_feature_loss.py"),
     Mutation("masked cpu: last positions skipped", "csrc/cpu/masked_feature_loss.cpp", "std::min(kBlock, positions - begin)", "std::min(kBlock, positions - 1 - begin)", "tests/test_masked_feature_loss.py"),
+    Mutation("masked triton: zero gradient", TRITON_MASKED, "2.0 * weight[None, :] * difference", "0.0 * weight[None, :] * difference", masked("triton")),
+    Mutation("masked triton: sign of the gradient", TRITON_MASKED, "difference = s - t", "difference = t - s", masked("triton")),
+    Mutation("masked triton: weights missing in the gradient", TRITON_MASKED, "2.0 * weight[None, :] * difference", "2.0 * difference", masked("triton")),
+    Mutation("masked triton: weights missing in the loss", TRITON_MASKED, "tl.sum(weight * total, 0)", "tl.sum(total, 0)", masked("triton")),
+    Mutation("masked triton: last positions skipped", TRITON_MASKED, "exists = position < positions", "exists = position < positions - 1", masked("triton")),
+    Mutation("masked triton: last channel skipped", TRITON_MASKED, "(channel < channels)[:, None]", "(channel < channels - 1)[:, None]", masked("triton")),
+    Mutation("masked triton: pieces not added", TRITON_MASKED, "torch.sum(maps, 0, out=squares)", "squares.copy_(maps[0])", masked("triton")),
+    Mutation("masked: float16's gradients rounded before a loss scale", "kdkernels/ops/masked_feature_loss.py", "scaled = student.dtype == torch.float16\n", "scaled = False\n", "tests/test_masked_feature_loss.py -k loss_scale"),
     Mutation("masked: buffer handed out twice", "kdkernels/ops/masked_feature_loss.py", "gradients, ctx.gradients = ctx.gradients, None", "gradients = list(ctx.gradients)", "tests/test_masked_feature_loss.py -k twice"),
     Mutation("masked cpu: half the gradient", "csrc/cpu/masked_feature_loss.cpp", "= 2 * weights[j] *", "= weights[j] *", "tests/test_masked_feature_loss.py"),
     Mutation("methods kd: hard weight on the soft term", f"{METHODS}/kd.py", "return self.soft_weight", "return self.hard_weight", method("logit_methods", "test_kd")),

@@ -333,6 +333,13 @@ def energy(x: Tensor, y: Tensor) -> Tensor:
     return -means(pairs, x, y)
 
 
+def sinkhorn(x: Tensor, y: Tensor, epsilon: float = 0.05, steps: int = 100) -> Tensor:
+    """The op's own specification: tests/test_sinkhorn.py compares it with others."""
+    from kdkernels import sinkhorn_divergence_reference
+
+    return sinkhorn_divergence_reference(x, y, epsilon=epsilon, max_iter=steps)
+
+
 def by_class(distance: Any, least: int = 1) -> Any:
     def total(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
         groups = [labels == c for c in labels.unique()]
@@ -350,6 +357,7 @@ def distance(metric: str, x: Tensor, y: Tensor, labels: Tensor, z: Tensor, z_t: 
         "mmd-linear": lambda a, b: (a.mean(0) - b.mean(0)).square().sum(),
         "mmd-rbf": mmd_rbf,
         "energy": energy,
+        "sinkhorn": sinkhorn,
         "sliced": sliced,
         "gromov": gromov,
         "coral": coral,

@@ -6,15 +6,24 @@ from functools import partial
 
 import pytest
 import torch
-from distances import assert_equal_up_to_rounding, gradients
+from conftest import GPU, device_of
+from distances import assert_equal_up_to_rounding, gradients, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdkernels
 from kdkernels import MaskedFeatureLoss, masked_feature_loss
 
-BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
+BACKENDS = [
+    name
+    for name in ("reference", "cpu", "triton")
+    if kdkernels.available_backends(device_of(name))[name] == "available"
+]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def loss_on(backend):
+    return partial(moved, masked_feature_loss, backend)
 
 
 def formula(student, teacher, masks, mask_weights=None, *, eps=1e-6):
@@ -25,7 +34,9 @@ def formula(student, teacher, masks, mask_weights=None, *, eps=1e-6):
     return (each if mask_weights is None else each * mask_weights).sum(1).mean()
 
 
-def data(n=2, c=3, t=4, h=5, w=6, dtype=torch.float64, seed=0):
+def data(n=2, c=3, t=4, h=5, w=6, dtype=torch.float64, seed=0, backend=None):
+    if backend == "triton":
+        dtype = torch.float32
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(n, c, h, w, generator=generator).to(dtype) for _ in range(2))
     masks = torch.sigmoid(2 * torch.randn(n, t, h, w, generator=generator)).to(dtype)
@@ -36,47 +47,75 @@ def data(n=2, c=3, t=4, h=5, w=6, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_formula(backend, eps, weighted):
-    inputs = data() if weighted else data()[:3]
-    got = gradients(masked_feature_loss, *inputs, eps=eps, backend=backend)
+    inputs = data(backend=backend)[: 4 if weighted else 3]
+    got = gradients(loss_on(backend), *inputs, eps=eps)
     assert got[0] > 0.1
-    assert_equal_up_to_rounding(got, gradients(formula, *inputs, eps=eps))
+    assert_equal_up_to_rounding(got, gradients(formula, *(z.double() for z in inputs), eps=eps))
 
 
-@over_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in BACKENDS
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        # Triton's interpreter truncates what it stores as bfloat16.
+        if GPU or (backend, dtype) != ("triton", torch.bfloat16)
+    ],
+)
 def test_dtypes(backend, dtype):
     inputs = data(dtype=dtype)
-    loss, *got = gradients(masked_feature_loss, *inputs, backend=backend)
+    loss, *got = gradients(loss_on(backend), *inputs)
     assert loss.dtype == torch.float32 and all(g.dtype == dtype for g in got)
     assert_equal_up_to_rounding((loss, *got), gradients(formula, *(z.double() for z in inputs)))
 
 
+# Blocks of 128 positions and one that ends early, all alignments, channels in one piece and in several.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (2, 5, 3, 7, 19),
+    (1, 3, 2, 16, 24),
+    (1, 300, 2, 5, 7),
+    (2, 129, 1, 12, 12),
+    (3, 70, 2, 1, 2),
+]
+
+
+@over_backends
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_sizes(backend, size):
+    inputs = data(*size, dtype=torch.float32)
+    got = gradients(loss_on(backend), *inputs)
+    assert_equal_up_to_rounding(got, gradients(formula, *(z.double() for z in inputs)))
+
+
 @over_backends
 def test_one_mask_of_ones_is_the_mean_square(backend):
-    student, teacher, *_ = data()
+    student, teacher, *_ = data(backend=backend)
     ones = torch.ones(2, 1, 5, 6, dtype=torch.bool)
-    loss = masked_feature_loss(student, teacher, ones, eps=0, backend=backend)
+    loss = loss_on(backend)(student, teacher, ones, eps=0)
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(student, teacher))
 
 
 @over_backends
 def test_masked_out_and_empty(backend):
-    student, teacher, masks, weights = data()
+    student, teacher, masks, weights = data(backend=backend)
     masks = masks.round()
     masks[:, :, :2] = 0
     masks[0, 1] = 0  # an empty mask adds 0
     loss, of_student, of_teacher, of_masks, of_weights = gradients(
-        masked_feature_loss, student, teacher, masks, weights, backend=backend
+        loss_on(backend), student, teacher, masks, weights
     )
     assert (of_student[:, :, :2] == 0).all() and (of_teacher[:, :, :2] == 0).all()
     assert of_weights[0, 1] == 0 and torch.isfinite(of_masks).all()
-    again = masked_feature_loss(student, student, masks, weights, backend=backend)
-    assert again == 0 and loss > 0
-    empty = masked_feature_loss(student[:0], teacher[:0], masks[:0], weights[:0], backend=backend)
-    assert empty == 0
+    again, *of_equal = gradients(loss_on(backend), student, student, masks, weights)
+    assert again == 0 and loss > 0 and all((g == 0).all() for g in of_equal)
+    for some in ((slice(0), ...), (..., slice(0))):
+        empty, *none = gradients(loss_on(backend), *(z[some] for z in (student, teacher, masks)))
+        assert empty == 0 and all((g == 0).all() for g in none)
 
 
-@over_backends
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # float64
 def test_gradcheck(backend):
     inputs = [z.requires_grad_() for z in data(2, 2, 2, 2, 3)]
     call = partial(masked_feature_loss, backend=backend)
@@ -127,20 +166,47 @@ def test_memory():
     assert largest <= 4 * max(student.nbytes, masks.nbytes)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
-def test_opcheck():
-    student, teacher, masks, _ = data(dtype=torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_opcheck(backend):
+    student, teacher, masks, _ = (z.to(device_of(backend)) for z in data(dtype=torch.float32))
     for needs in ([True, True], [False, True], [True, False]):
         torch.library.opcheck(
             torch.ops.kdkernels.masked_feature_loss.default,
-            (student, teacher, masks[:, 0].contiguous(), needs, "cpu"),
+            (student, teacher, masks[:, 0].contiguous(), needs, backend),
         )
+
+
+@over_backends
+def test_float16_under_a_loss_scale(backend):
+    """Gradients of which float16 holds a digit, until they meet the loss scale."""
+    student, teacher, masks, weights = data(1, 16, 2, 30, 40, dtype=torch.float16)
+    inputs, scale = (student, teacher, masks, weights / 1000), torch.tensor(2.0**14)
+    got = gradients(loss_on(backend), *inputs, upstream=scale)
+    truth = gradients(formula, *(z.double() for z in inputs), upstream=scale)
+    held = (truth[1] / scale).half() * scale
+    assert (held - truth[1]).norm() / truth[1].norm() > 0.1
+    for a, b in zip(got[1:], truth[1:]):
+        assert ((a.double() - b).norm() / b.norm()).item() < 5e-4
+
+
+@over_backends
+def test_second_derivatives(backend):
+    inputs = data(dtype=torch.float32)
+
+    def slope(loss, *inputs):
+        [of_student] = torch.autograd.grad(loss(*inputs), inputs[0], create_graph=True)
+        return of_student.square().sum()
+
+    got = gradients(partial(slope, loss_on(backend)), *inputs)
+    assert_equal_up_to_rounding(
+        got, gradients(partial(slope, formula), *(z.double() for z in inputs)), scale=4
+    )
 
 
 @over_backends
 def test_backward_twice_and_no_shared_buffer(backend):
     inputs = [z.requires_grad_() for z in data(2, 3, 2, 20, 30, dtype=torch.float32)]
-    loss = masked_feature_loss(*inputs, backend=backend)
+    loss = loss_on(backend)(*inputs)
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
     kept = [g.clone() for g in first]
     second = torch.autograd.grad(3 * loss, inputs)
@@ -190,5 +256,5 @@ def test_bad_input():
             masked_feature_loss(*wrong)
     with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         masked_feature_loss(student, teacher, masks, eps=-1)
-    with pytest.raises(ValueError, match="has no backend 'cuda', only reference, cpu"):
+    with pytest.raises(ValueError, match="has no backend 'cuda', only reference, cpu, triton"):
         masked_feature_loss(student, teacher, masks, backend="cuda")

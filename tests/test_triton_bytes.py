@@ -13,9 +13,11 @@ pytest.importorskip("triton")
 
 from triton_counter import count_traffic, is_interpreted
 
+from kdkernels._triton import gaussian as triton_gaussian
 from kdkernels._triton import kl_div as triton_kl_div
 from kdkernels._triton import linear_loss as triton_linear
 from kdkernels._triton import logit_loss as triton_logit_loss
+from kdkernels._triton import masked_feature_loss as triton_masked
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
@@ -419,6 +421,98 @@ def test_pool_mse(channels: int, positions: int, channels_last: bool, dtype: tor
         outputs = backward(mask, every, names)
     assert traffic.loaded <= (2 * maps + 3 * ROWS * channels * 4) * int(mask.sum()) // ROWS + ROWS * channels
     assert all(not x[~mask].any() and x[mask].any() for x in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "positions", "pieces"), [(40, 49, 1), (24, 64, 1), (9, 700, 1), (600, 130, 9)]
+)
+def test_masked_feature_loss(channels: int, positions: int, pieces: int, dtype: torch.dtype) -> None:
+    student, teacher = (x.view(ROWS, channels, 1, positions) for x in logits(channels * positions, dtype))
+    weight_map = torch.rand(ROWS, 1, positions)
+    features = ROWS * channels * positions * dtype.itemsize
+    for names in (("loss",), ("loss", "grad_student"), ("loss", "squares"), triton_masked.OUTPUTS):
+        fresh = {
+            "grad_student": torch.full_like(student, float("nan")),
+            "squares": torch.full_like(weight_map, float("nan")),
+        }
+        outputs = [fresh[name] if name in names else None for name in fresh]
+        loss = torch.tensor(float("nan"))
+        with count_traffic() as traffic:
+            triton_masked.masked_feature_loss(student, teacher, weight_map, loss, *outputs)
+        claimed = triton_masked.bytes_moved(ROWS, channels, positions, dtype.itemsize, outputs=names)
+        # Beside the features: the weights, the map's gradient, and one share a program.
+        maps = weight_map.nbytes * pieces * (2 if "squares" in names else 1)
+        shares = 4 * ROWS * -(-positions // min(128, 1 << (positions - 1).bit_length())) * pieces
+        assert claimed == features * (3 if "grad_student" in names else 2) + maps + shares
+        assert traffic.total == claimed
+        assert traffic.stored == claimed - 2 * features - weight_map.nbytes * pieces
+        assert traffic.launches == 1
+        assert loss > 0 and all(x is None or (x.isfinite().all() and (x != 0).any()) for x in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distance", [0, 1], ids=["wasserstein", "kl"])
+@pytest.mark.parametrize(
+    ("x_samples", "y_samples", "features", "splits"), [(9, 14, 7, 1), (70, 33, 140, 1), (600, 1100, 12, 4)]
+)
+def test_gaussian(
+    x_samples: int, y_samples: int, features: int, splits: int, distance: int, dtype: torch.dtype
+) -> None:
+    problems, generator = 2, torch.Generator().manual_seed(features)
+    x, y = (
+        torch.randn(problems, samples, features, generator=generator).to(dtype)
+        for samples in (x_samples, y_samples)
+    )
+    x_weights, y_weights = (torch.rand(z.shape[:2], generator=generator) + 0.1 for z in (x, y))
+    blocks = -(-features // 64)
+    for grads in ((), ("grad_x",), ("grad_x", "grad_y")):
+        for weighted in ((), ("x", "y")):
+            outputs = [
+                torch.full_like(z, float("nan")) if k in grads else None
+                for k, z in (("grad_x", x), ("grad_y", y))
+            ]
+            loss = torch.full((problems,), float("nan"))
+            weights = (x_weights, y_weights) if weighted else (None, None)
+            with count_traffic() as traffic:
+                triton_gaussian.gaussian(x, y, None, *weights, distance, 1e-6, 1, loss, *outputs)
+            sizes = (problems, x_samples, y_samples, features, dtype.itemsize)
+            claimed = triton_gaussian.bytes_moved(*sizes, weighted=weighted, outputs=("loss", *grads))
+            # 1 read of each side, 1 read and 1 write of a side for its gradient; a weight goes with each block.
+            moved = x.nbytes + y.nbytes + 2 * sum(z.nbytes for z in outputs if z is not None)
+            if weighted:
+                moved += blocks * (x_weights.nbytes + y_weights.nbytes)
+                moved += blocks * sum(4 * z[..., 0].numel() for z in outputs if z is not None)
+            assert traffic.total == claimed
+            # Beside that the first samples, the blocks' losses, and what parts leave behind.
+            first = 2 * problems * features * dtype.itemsize
+            parts = 2 * problems * splits * (8 * features + 4 * blocks)
+            programs = splits if grads else 1
+            rest = first * splits + 4 * problems * blocks
+            if splits > 1:
+                rest += parts - 2 * problems * splits * 4 * (blocks - 1) + programs * (parts + first)
+            assert claimed == moved + rest
+            assert traffic.launches == (1 if splits == 1 else 3)
+            assert (loss > 0).all()
+            assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gaussian_of_classes(dtype: torch.dtype) -> None:
+    """Each sample is read by the program of its class alone: as often as without labels."""
+    problems, samples, features = 2, 20, 140
+    x, y = torch.randn(2, problems, samples, features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = (torch.arange(samples) % 6).expand(problems, -1).contiguous()
+    outputs, loss = [torch.full_like(z, float("nan")) for z in (x, y)], torch.full((problems,), float("nan"))
+    with count_traffic() as traffic:
+        triton_gaussian.gaussian(x, y, labels, None, None, 0, 0.0, 2, loss, *outputs)
+    blocks, classes = -(-features // 128), 6 * problems
+    moved = 6 * x.nbytes + 2 * classes * features * dtype.itemsize
+    # Where a class starts and ends, and which its samples are; a loss a block and class that there could be.
+    places = 8 * blocks * (2 * problems * samples + 2 * classes + 4 * problems * samples)
+    assert traffic.total == moved + places + 4 * blocks * problems * samples
+    assert traffic.launches == 1
+    assert (loss > 0).all() and all(z.isfinite().all() and (z != 0).any() for z in outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

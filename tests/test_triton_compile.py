@@ -104,6 +104,30 @@ def cases(target: str) -> list[dict[str, Any]]:
                 ("bfloat16", 1, True),
             )
         ),
+        *(
+            case("masked_feature_loss", dtype, positions, ["grad_student", "squares"])
+            for dtype in DTYPES
+            for positions in (49, 64, 3136)
+        ),
+        case("masked_feature_loss", "bfloat16", 3136, []),
+        # Columns in one block and in several, aligned and not; then samples that are split, and classes.
+        *(
+            case("gaussian", dtype, features, ["grad_x", "grad_y"], samples=128, distance=distance)
+            for dtype in DTYPES
+            for features in (64, 100, 512)
+            for distance in (0, 1)
+        ),
+        *(
+            case("gaussian", dtype, 64, tensors, samples=8192, distance=1, stage=stage)
+            for dtype in DTYPES
+            for tensors in (["grad_x", "grad_y"], ["x_weights", "y_weights"])
+            for stage in ("gaussian_moments_kernel", "gaussian_kernel")
+        ),
+        *(
+            case("gaussian", dtype, 512, tensors, samples=128, distance=1, labels=True)
+            for dtype in ("float32", "bfloat16")
+            for tensors in (["grad_x"], ["grad_x", "grad_y", "x_weights", "y_weights"])
+        ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
         *(case("kl_div", "float32", classes, ["loss"]) for classes in (32000,)),
@@ -224,6 +248,20 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         forward = (maps, maps, mask, None, None, None, *pooled, row, None, None)
         backward = (maps, maps, mask, *pooled, row, None, None, None, maps, maps)
         arguments = forward if options["side"] == "fwd" else backward
+    elif case["kernel"] == "masked_feature_loss":
+        name = "masked_feature_loss_kernel"
+        maps = torch.empty(2, 512, case["classes"], dtype=dtype, device="meta")
+        weights = torch.empty(2, case["classes"], device="meta")
+        wanted = [x if key in tensors else None for key, x in (("grad_student", maps), ("squares", weights))]
+        arguments = (maps, maps, weights, torch.empty((), device="meta"), *wanted)
+    elif case["kernel"] == "gaussian":
+        name = options.get("stage", "gaussian_kernel")
+        x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
+        each = torch.empty(2, options["samples"], device="meta")
+        weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
+        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        labels = each.long() if options.get("labels") else None
+        arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -249,10 +287,10 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     module = importlib.import_module(f"kdkernels._triton.{case['kernel']}")
     kernel = getattr(module, name)
-    launch = mock.MagicMock()
-    with mock.patch.object(module, name, launch):
+    launches = {key: mock.MagicMock() for key in vars(module) if key.endswith("_kernel")}
+    with mock.patch.multiple(module, **launches):
         getattr(module, case["kernel"])(*arguments)
-    call = launch.__getitem__.return_value.call_args
+    call = launches[name].__getitem__.return_value.call_args
     found = dict(zip(kernel.arg_names, call.args, strict=False)) | call.kwargs
     # Tensors of no memory have no address by which the launcher would know one head from two.
     return kernel, found | ({"SHARED": "one_head" in options} if case["kernel"] == "linear_loss" else {})
@@ -266,6 +304,13 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         return 1, 1
     if kernel == "linear_loss":
         return 0, grads  # what it loads is copied to shared memory
+    if kernel == "gaussian":
+        grads = len({"grad_x", "grad_y"} & set(tensors))
+        if options["samples"] == 128:
+            return 2 + grads, grads
+        return (1, 0) if options["stage"] == "gaussian_moments_kernel" else (grads, grads)
+    if kernel == "masked_feature_loss":
+        return 2, int("grad_student" in tensors)
     if kernel == "pool_mse":
         return 2, 2 if options["side"] == "bwd" else 0
     if kernel == "kl_div":
@@ -291,7 +336,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel, arguments = record_launch(case)
-    options = {"num_warps": arguments.pop("num_warps")}
+    options = {key: arguments.pop(key) for key in ("num_warps", "enable_fp_fusion") if key in arguments}
     types = {
         torch.float32: "fp32",
         torch.float16: "fp16",
@@ -336,7 +381,8 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
 
     # BLOCK_K is of something else: a sparse teacher's classes.
     tile = [value for name, value in arguments.items() if name.startswith("BLOCK_") and name != "BLOCK_K"]
-    shape = tile if "BLOCK_D" not in arguments else [arguments["BLOCK_M"], arguments["BLOCK_D"]]
+    both = ("BLOCK_M", "BLOCK_D")
+    shape = [arguments[name] for name in both] if arguments.keys() >= set(both) else tile
     elements = math.prod(shape) // (gpu.warp_size * options["num_warps"])
     itemsize = getattr(torch, case["dtype"]).itemsize
     grad_itemsize = getattr(torch, case["options"].get("grad_dtype", case["dtype"])).itemsize

@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "mmd-linear": lambda b, **o: kdkernels.mmd(b.x, b.y, kernel="linear", **o),
     "mmd-rbf": lambda b, **o: kdkernels.mmd(b.x, b.y, **o),
     "energy": lambda b, **o: kdkernels.energy_distance(b.x, b.y, **o),
+    "sinkhorn": lambda b, **o: kdkernels.sinkhorn_divergence(b.x, b.y, **o),
     "sliced": lambda b, **o: kdkernels.sliced_wasserstein(b.x, b.y, **o),
     "gromov": lambda b, **o: kdkernels.gromov_wasserstein(b.x, b.y, **o),
     "coral": lambda b, **o: kdkernels.coral(b.x, b.y, **o),

@@ -22,10 +22,11 @@ d ≤ n, else n×n ones (Woodbury): in float64, whose cost is small beside the e
 
 With labels, classes are segments of one pass in the diagonal forms, and problems of one batch in the full ones.
 
-Saved by the native (diagonal) form: the inputs, and the gradient that the forward already computed while it had the
+Saved by the kernels (diagonal): the inputs, and the gradient that the forward already computed while it had the
 samples at hand. The first backward hands that buffer out; any later one computes it again. Second derivatives, and
 those of weights, go through the reference. Bytes moved per element by forward + backward of one side: 1 read and 1
-write where 64 features of a class's samples stay in a cache, else 3 reads and 1 write.
+write where 64 features (Triton: 64, or 128 with labels) of a class's samples stay in a cache, else 3 reads (Triton: 2)
+and 1 write.
 """
 
 from __future__ import annotations
@@ -281,6 +282,7 @@ def _fake(with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor
 
 for _name, _with_loss in (("gaussian_fwd", True), ("gaussian_bwd", False)):
     LIBRARY.impl(_name, partial(_body, _with_loss), "CPU")
+    LIBRARY.impl(_name, partial(_body, _with_loss), "CUDA")
     torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
 
 
@@ -292,6 +294,7 @@ def _run(with_loss: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
     )
 
 
+_DIAGONAL = ("reference", "cpu", "triton")
 # GaussianDistance in csrc/kdkernels.h.
 WASSERSTEIN, KL = 0, 1
 
@@ -408,8 +411,8 @@ def gaussian_wasserstein(
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the distances of the
             classes, **summed** over the classes present in each problem. A class of one sample has σ = 0: its term is
             ‖x_i − y_i‖². A class that is not there adds 0. (full: a GPU is waited for, to know the classes' sizes.)
-        backend: "reference", or "cpu" (diagonal only); None takes the best that there is. A named one is obeyed or
-            raises.
+        backend: "reference", or "cpu" and "triton" (diagonal only); None takes the best that there is. A named one is
+            obeyed or raises.
 
     Returns:
         (...): float32, or float64 for float64 features.
@@ -424,9 +427,7 @@ def gaussian_wasserstein(
     """
     check_features(x, y)
     check_choice(covariance, "covariance", COVARIANCES)
-    backend = resolve(
-        backend, x, "x", has=("reference", "cpu") if covariance == "diagonal" else ("reference",)
-    )
+    backend = resolve(backend, x, "x", has=_DIAGONAL if covariance == "diagonal" else ("reference",))
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     labels = check_class_labels(labels, x, y)
@@ -465,8 +466,8 @@ def gaussian_kl(
         labels: as in `gaussian_wasserstein`: the sum over the classes present.
         min_samples: with labels, a class with fewer samples on either side (of weight > 0) adds 0. One sample has no
             spread: with 1, its term is ½ ‖x_i − y_i‖² / eps.
-        backend: "reference", or "cpu" (diagonal, without shrinkage); None takes the best that there is. A named one
-            is obeyed or raises.
+        backend: "reference", or "cpu" and "triton" (diagonal, without shrinkage); None takes the best that there is.
+            A named one is obeyed or raises.
 
     Returns:
         (...): float32, or float64 for float64 features. With eps = 0 a dimension without spread gives inf or NaN.
@@ -497,7 +498,7 @@ def gaussian_kl(
             + ": such a covariance has no inverse"
         )
     native = covariance == "diagonal" and not shrinkage
-    backend = resolve(backend, x, "x", has=("reference", "cpu") if native else ("reference",))
+    backend = resolve(backend, x, "x", has=_DIAGONAL if native else ("reference",))
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     if backend != "reference":

@@ -9,9 +9,10 @@ M enters squared above and plainly below, as in the release. The sums over t and
 so one weight map and one reduction do, and no (N, T, C, H, W) tensor is made.
 
 Gradient: 2 w (S − F) / N to the student, its negative to the teacher; Σ_c (S − F)² to the map, and through that to
-masks and mask weights. The native form makes them with the loss (2 reads and 1 write of the features), saves them
-beside its inputs and hands them out once; a later backward computes them again. Second derivatives go through the
-reference.
+masks and mask weights. The kernels make them with the loss (2 reads and 1 write of the features), save them beside
+their inputs and hand them out once; a later backward computes them again. float16 holds so small gradients only under
+the loss scale that its training takes, so there the backward makes them, of w times the upstream gradient (2 more
+reads). Second derivatives go through the reference.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def _fake(*arguments: Any) -> list[Tensor]:
 
 
 LIBRARY.impl("masked_feature_loss", _body, "CPU")
+LIBRARY.impl("masked_feature_loss", _body, "CUDA")
 torch.library.register_fake("kdkernels::masked_feature_loss", _fake, lib=LIBRARY)
 
 
@@ -97,8 +99,8 @@ class _WeightedSquares(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(student, teacher, weight_map)
         # A captured graph cannot hand a buffer out once: there the backward computes.
-        ctx.compiling = torch.compiler.is_compiling()
-        loss, *ctx.gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, not ctx.compiling)
+        ctx.later = torch.compiler.is_compiling() or student.dtype == torch.float16
+        loss, *ctx.gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, not ctx.later)
         return loss
 
     @staticmethod
@@ -116,13 +118,15 @@ class _WeightedSquares(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (student, teacher, weight_map)
             return (*by_reference(_weighted_squares_reference, inputs, needs, grad_output, True), None)
-        if gradients is None or ctx.compiling:
+        scaled = student.dtype == torch.float16
+        if gradients is None or ctx.later:
             # The same kernel on the same inputs: bit for bit what the first backward had.
-            gradients = _WeightedSquares.run(ctx, student, teacher, weight_map, True)[1:]
+            weights = weight_map * grad_output if scaled else weight_map
+            gradients = _WeightedSquares.run(ctx, student, teacher, weights, True)[1:]
         of_student = of_teacher = of_map = None
         if needs[0] or needs[1]:
             gradient = gradients[0]
-            if gradient.numel():
+            if gradient.numel() and not scaled:
                 scale_rows_(gradient.flatten(1), grad_output.contiguous(), ctx.backend)
             of_student = gradient if needs[0] else None
             of_teacher = -gradient if needs[1] else None
@@ -150,7 +154,7 @@ def masked_feature_loss(
         masks: (N, T, H, W), floating or bool.
         mask_weights: floating (N, T), such as a softmax over T; None is 1 for each (the release for segmentation).
         eps: ≥ 0, added to each mask's sum: an empty mask adds 0. 0 is the release for detection (NaN of an empty mask).
-        backend: "reference" or "cpu"; None takes the best that there is. A named one is obeyed or raises.
+        backend: "reference", "cpu" or "triton"; None takes the best that there is. A named one is obeyed or raises.
 
     Returns:
         (): float32, or float64 for float64 features. 0 of an empty batch.
@@ -189,7 +193,7 @@ def masked_feature_loss(
         if other is not None and other.device != student.device:
             raise ValueError(f"{name} must be on the student's device {student.device}, got {other.device}")
     check_at_least(eps, "eps", 0)
-    backend = resolve(backend, student, "student", has=("reference", "cpu"))
+    backend = resolve(backend, student, "student", has=("reference", "cpu", "triton"))
     if backend == "reference":
         return masked_feature_loss_reference(student, teacher, masks, mask_weights, eps=eps)
     weight_map = _weight_map(masks, mask_weights, student, eps) / max(n, 1)
