@@ -131,7 +131,7 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(TypeError):
         deployed.save(path, about=object())  # no JSON
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "disk")))
     with pytest.raises(OSError, match="disk"):
         deployed.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]
