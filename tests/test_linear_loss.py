@@ -1685,7 +1685,8 @@ print(peak() - before, value.item())
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype):
-    """Of a step with frozen heads, above its inputs: at most an eighth of what eager takes."""
+    """Of a step with frozen heads, above its inputs: at most an eighth of what eager takes; a seventh in bfloat16, where
+    eager's logits are half as large, and ours float32 all the same."""
     _ready_cpu()
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
@@ -1704,7 +1705,7 @@ def test_peak_memory(dtype):
         assert done.returncode == 0, done.stderr
         peaks[who], values[who] = map(float, done.stdout.split())
     assert peaks["eager"] > 2 * 512 * 32000 * 4  # it really has the logits of both sides
-    assert peaks["ours"] <= peaks["eager"] / 8, peaks
+    assert peaks["ours"] <= peaks["eager"] / (8 if dtype == "float32" else 7), peaks
     assert values["ours"] == pytest.approx(values["eager"], rel=0.05)
 
 
