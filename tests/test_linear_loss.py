@@ -1685,8 +1685,8 @@ print(peak() - before, value.item())
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype):
-    """Of a step with frozen heads, above its inputs: at most an eighth of what eager takes; a seventh in bfloat16, where
-    eager's logits are half as large, and ours float32 all the same."""
+    """Of a step with frozen heads, above its inputs: at most an eighth of what eager takes; a seventh in bfloat16,
+    where eager's logits are half as large, and ours float32 all the same."""
     _ready_cpu()
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc")
