@@ -48,7 +48,7 @@ def test_train_step(benchmark, method):
     times = benchmark.pedantic(
         harness.interleave,
         args=(jobs, device),
-        kwargs={"seconds": 20.0, "least": 9, "warmups": 1},
+        kwargs={"seconds": 75.0, "least": 9, "warmups": 1},
         rounds=1,
         iterations=1,
     )
