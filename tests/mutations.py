@@ -44,6 +44,7 @@ CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein
 CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
 OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
+OP_NATIVE = "kdkernels/ops/native_distance.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
 )
@@ -300,8 +301,8 @@ MUTATIONS = [
     Mutation("gaussian triton: no series near 1", TRITON_GAUSSIAN, "near = (t >= -0.5) & (t <= 1.0)", "near = t > 3e38", gaussian("triton", "near")),
     Mutation("gaussian triton: min_samples ignored", TRITON_GAUSSIAN, "(x_count >= min_samples) & (y_count >= min_samples)", "(x_count >= 0)", gaussian("triton", "min_samples")),
     Mutation("gaussian triton: classes not gathered", TRITON_GAUSSIAN, "row = tl.load(order_ptr + i, mask=exists, other=0)", "row = i.to(tl.int64)", gaussian("triton", "many_sizes")),
-    Mutation("gaussian op: buffer handed out twice", OP_GAUSSIAN, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
-    Mutation("gaussian op: upstream gradient ignored", OP_GAUSSIAN, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
+    Mutation("gaussian op: buffer handed out twice", OP_NATIVE, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
+    Mutation("gaussian op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
     Mutation("bures: zero gradient", OP_GAUSSIAN, "return scale * of_a, None", "return 0 * scale * of_a, None", distance("gaussian", "textbook")),
     Mutation("bures: derivative of Q left out", OP_GAUSSIAN, "q = _Polar.apply(a @ b.mT)", "q = _Polar.apply((a @ b.mT).detach())", distance("features", "gradcheck and full")),
     Mutation("bures: equal is 1e-14", OP_GAUSSIAN, "[..., None, None], 0, of_a)", "[..., None, None], of_a, of_a)", distance("features", "exactly_zero and full")),
@@ -327,8 +328,8 @@ MUTATIONS = [
     Mutation("mmd cpu: one squaring too many", CPU_MMD, "close && is(4) ? 2 : 0", "close && is(4) ? 3 : 0", distance("mmd", "are_powers")),
     Mutation("mmd cpu: weights ignored", CPU_MMD, "weight_of(weights[s], sides[s].rows[i]) / totals[s]", "1.0 / static_cast<double>(sides[s].count)", distance("mmd", "definition")),
     Mutation("mmd cpu: one class", CPU_MMD, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
-    Mutation("mmd op: buffer handed out twice", OP_MMD, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
-    Mutation("mmd op: upstream gradient ignored", OP_MMD, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
+    Mutation("mmd op: buffer handed out twice", OP_NATIVE, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
+    Mutation("mmd op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
     Mutation("mmd: mean distance has a gradient", OP_MMD, "@torch.no_grad()\ndef _mean_distance", "def _mean_distance", distance("mmd", "mean_distance")),
     Mutation("mmd: what cancels drowns the rest", OP_MMD, "torch.where(squared == 0, 0, grad_output)", "grad_output", distance("mmd", "narrow")),
     Mutation("mmd: second derivative of equal samples", OP_MMD, "if not torch.is_grad_enabled():", "if True:", distance("mmd", "second_derivative")),
@@ -424,7 +425,7 @@ MUTATIONS = [
     Mutation("methods ijckd: monitor through the student's classifier", f"{METHODS}/ijckd.py", "logits = classify(connected, self._teacher.classifier)", "logits = student.logits", method("shared_head_methods", "monitor")),
     Mutation("methods atsc: teacher detached", f"{METHODS}/atsc.py", "network(images).map, network, labels", "network(images).map.detach(), network, labels", method("shared_head_methods", "atsc")),
     Mutation("methods atsc: no anchor", f"{METHODS}/atsc.py", "Output(output.loss + anchor, terms", "Output(output.loss, terms", method("shared_head_methods", "atsc")),
-    Mutation("methods atsc: anchor holds biases", f"{METHODS}/atsc.py", "min_dim=2", "min_dim=0", method("shared_head_methods", "atsc")),
+    Mutation("methods atsc: anchor holds biases", f"{METHODS}/atsc.py", "min_dim=anchor_min_dim", "min_dim=0", method("shared_head_methods", "atsc")),
     Mutation("methods atsc: upkeep of the weight too", f"{METHODS}/atsc.py", 'return biases if self.head_update == "bias" else', "return", method("shared_head_methods", "upkeep")),
     Mutation("methods atsc: sum over teachers", f"{METHODS}/atsc.py", "torch.stack(losses).mean(),", "torch.stack(losses).sum(),", method("shared_head_methods", "several")),
     Mutation("methods: teacher in training mode", f"{METHODS}/method.py", "            teacher.eval()\n        return self", "            pass\n        return self", method("methods", "stays")),

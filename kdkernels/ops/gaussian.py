@@ -31,21 +31,17 @@ and 1 write.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import full_precision, resolve, statistics_dtype
 from kdkernels.ops.features import (
     COVARIANCES,
     FeatureLoss,
-    as_problems,
     by_class,
-    by_reference,
     centre,
     check_at_least,
     check_choice,
@@ -57,7 +53,7 @@ from kdkernels.ops.features import (
     sizes,
     square_root,
 )
-from kdkernels.ops.scale_rows import scale_rows_
+from kdkernels.ops.native_distance import native_distance
 
 
 def gaussian_wasserstein_reference(
@@ -252,136 +248,30 @@ def full_kl(
     return 0.5 * ((trace + mahalanobis) / ridge_y - logs)
 
 
-_INPUTS = (
-    "Tensor x, Tensor y, Tensor? labels, Tensor? x_weights, Tensor? y_weights, int distance, float eps, "
-    "int min_samples, bool[] needs, str backend"
-)
-# The problems' distances, then the gradients by x and y where `needs` asks for them; the second gives those alone.
-LIBRARY.define(f"gaussian_fwd({_INPUTS}) -> Tensor[]")
-LIBRARY.define(f"gaussian_bwd({_INPUTS}) -> Tensor[]")
-
-
-def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty(x.shape[0], dtype=statistics_dtype(x.dtype), device=x.device),
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(y, memory_format=torch.contiguous_format) if needs[1] else None,
-    ]
-
-
-def _body(with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
-    outputs = _outputs(x, y, arguments[-2])
-    if x.shape[0]:
-        launcher(arguments[-1], "gaussian")(x, y, *arguments[:-2], *outputs)
-    return [output for output in outputs[0 if with_loss else 1 :] if output is not None]
-
-
-def _fake(with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:
-    return [output for output in _outputs(x, y, arguments[-2])[0 if with_loss else 1 :] if output is not None]
-
-
-for _name, _with_loss in (("gaussian_fwd", True), ("gaussian_bwd", False)):
-    LIBRARY.impl(_name, partial(_body, _with_loss), "CPU")
-    LIBRARY.impl(_name, partial(_body, _with_loss), "CUDA")
-    torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
-
-
-def _run(with_loss: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
-    if unobserved(x):
-        return _body(with_loss, x, *arguments)
-    return (torch.ops.kdkernels.gaussian_fwd if with_loss else torch.ops.kdkernels.gaussian_bwd)(
-        x, *arguments
-    )
-
-
 _DIAGONAL = ("reference", "cpu", "triton")
 # GaussianDistance in csrc/kdkernels.h.
 WASSERSTEIN, KL = 0, 1
 
 
-def _problems(
-    x: Tensor,  # (..., n, d)
-    y: Tensor,  # (..., m, d)
-    x_weights: Tensor | None,  # (..., n)
-    y_weights: Tensor | None,  # (..., m)
-    labels: Tensor | None,  # (..., n)
-) -> tuple[Any, ...]:
-    """As the op takes them: x, y, labels, x_weights, y_weights."""
-    a, b = (z if z.dim() == 3 else as_problems(z, 2) for z in (x, y))
-    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (a, b))
-    u, v, numbers = (
-        None if z is None else as_problems(z, 1).contiguous()
-        for z in (x_weights, y_weights, labels if labels is None else labels.long())
-    )
-    return a, b, numbers, u, v
-
-
-class _Gaussian(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (..., n, d)
-        y: Tensor,  # (..., m, d)
-        x_weights: Tensor | None,  # (..., n)
-        y_weights: Tensor | None,  # (..., m)
-        labels: Tensor | None,  # (..., n)
-        options: tuple[int, float, int],
-        backend: str,
-    ) -> Tensor:  # (...,)
-        # A captured graph cannot hand a buffer out once: there the backward computes.
-        compiling = torch.compiler.is_compiling()
-        wanted = (False, False) if compiling else ctx.needs_input_grad[:2]
-        problems = _problems(x, y, x_weights, y_weights, labels)
-        loss, *gradients = _run(True, *problems, *options, wanted, backend)
-        ctx.gradients = None if compiling else gradients
-        ctx.options, ctx.backend = options, backend
-        ctx.save_for_backward(x, y, x_weights, y_weights, labels)
-        return loss.view(x.shape[:-2])
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
-        x, y, x_weights, y_weights, labels = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        gradients, ctx.gradients = ctx.gradients, None
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if twice or needs[2] or needs[3]:
-
-            def reference(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
-                distance, eps, min_samples = ctx.options
-                if distance == WASSERSTEIN:
-                    return gaussian_wasserstein_reference(x, y, x_weights=u, y_weights=v, labels=labels)
-                return gaussian_kl_reference(
-                    x, y, eps=eps, min_samples=min_samples, x_weights=u, y_weights=v, labels=labels
-                )
-
-            found = by_reference(reference, (x, y, x_weights, y_weights), needs, grad_output, twice)
-            return (*found, None, None, None)
-        if gradients is None:
-            # The same kernel on the same inputs: bit for bit what the first backward had.
-            problems = _problems(x, y, x_weights, y_weights, labels)
-            gradients = _run(False, *problems, *ctx.options, needs[:2], ctx.backend)
-        upstream = grad_output.reshape(-1)
-        for gradient in gradients:
-            scale_rows_(gradient.flatten(1), upstream, ctx.backend)
-        each = iter(gradients)
-        of_x, of_y = (next(each).view(z.shape) if need else None for z, need in zip((x, y), needs))
-        return of_x, of_y, None, None, None, None, None
-
-
-def _native(
-    x: Tensor,  # (..., n, d)
-    y: Tensor,  # (..., m, d)
-    x_weights: Tensor | None,  # (..., n)
-    y_weights: Tensor | None,  # (..., m)
-    labels: Tensor | None,  # (..., n)
-    options: tuple[int, float, int],
-    backend: str,
+def _diagonal_reference(
+    x: Tensor,
+    y: Tensor,
+    x_weights: Tensor | None,
+    y_weights: Tensor | None,
+    labels: Tensor | None,
+    distance: int,
+    eps: float,
+    min_samples: int,
 ) -> Tensor:
-    inputs = (x, y, x_weights, y_weights)
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs):
-        return _Gaussian.apply(*inputs, labels, options, backend)
-    [loss] = _run(True, *_problems(*inputs, labels), *options, (False, False), backend)
-    return loss.view(x.shape[:-2])
+    rest: dict[str, Any] = {"x_weights": x_weights, "y_weights": y_weights, "labels": labels}
+    if distance == WASSERSTEIN:
+        return gaussian_wasserstein_reference(x, y, **rest)
+    return gaussian_kl_reference(x, y, eps=eps, min_samples=min_samples, **rest)
+
+
+_native = native_distance(
+    "gaussian", "int distance, float eps, int min_samples", _diagonal_reference, ("CPU", "CUDA")
+)
 
 
 def gaussian_wasserstein(

@@ -23,18 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import full_precision, resolve, statistics_dtype
 from kdkernels.ops.features import (
     FeatureLoss,
-    as_problems,
     by_class,
-    by_reference,
     check_choice,
     check_class_labels,
     check_features,
@@ -42,8 +39,8 @@ from kdkernels.ops.features import (
     moments,
     proportions,
 )
+from kdkernels.ops.native_distance import native_distance
 from kdkernels.ops.rows import kind_of
-from kdkernels.ops.scale_rows import scale_rows_
 
 KERNELS = ("rbf", "laplacian", "polynomial", "imq", "linear")
 ESTIMATORS = ("biased", "unbiased")
@@ -225,119 +222,29 @@ class _SquaredDistances(torch.autograd.Function):
         return 2 * of_x, 2 * of_y
 
 
-_INPUTS = (
-    "Tensor x, Tensor y, Tensor? labels, Tensor? x_weights, Tensor? y_weights, Tensor? bandwidths, int kernel, "
-    "bool unbiased, bool[] needs, str backend"
-)
-# The problems' distances, then the gradients by x and y where `needs` asks for them; the second gives those alone.
-LIBRARY.define(f"mmd_fwd({_INPUTS}) -> Tensor[]")
-LIBRARY.define(f"mmd_bwd({_INPUTS}) -> Tensor[]")
-
-
-def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty(x.shape[0], dtype=statistics_dtype(x.dtype), device=x.device),
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(y, memory_format=torch.contiguous_format) if needs[1] else None,
-    ]
-
-
-def _body(with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
-    outputs = _outputs(x, y, arguments[-2])
-    if x.shape[0]:
-        launcher(arguments[-1], "mmd")(x, y, *arguments[:-2], *outputs)
-    return [output for output in outputs[0 if with_loss else 1 :] if output is not None]
-
-
-def _fake(with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:
-    return [output for output in _outputs(x, y, arguments[-2])[0 if with_loss else 1 :] if output is not None]
-
-
-for _name, _with_loss in (("mmd_fwd", True), ("mmd_bwd", False)):
-    LIBRARY.impl(_name, partial(_body, _with_loss), "CPU")
-    torch.library.register_fake(f"kdkernels::{_name}", partial(_fake, _with_loss), lib=LIBRARY)
-
-
-def _run(with_loss: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
-    if unobserved(x):
-        return _body(with_loss, x, *arguments)
-    return (torch.ops.kdkernels.mmd_fwd if with_loss else torch.ops.kdkernels.mmd_bwd)(x, *arguments)
-
-
-def _problems(
-    x: Tensor,  # (..., n, d)
-    y: Tensor,  # (..., m, d)
-    x_weights: Tensor | None,  # (..., n)
-    y_weights: Tensor | None,  # (..., m)
-    labels: Tensor | None,  # (..., n)
-) -> tuple[Any, ...]:
-    """As the op takes them: x, y, labels, x_weights, y_weights."""
-    a, b = (z if z.dim() == 3 else as_problems(z, 2) for z in (x, y))
-    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (a, b))
-    u, v, numbers = (
-        None if z is None else as_problems(z, 1).contiguous()
-        for z in (x_weights, y_weights, labels if labels is None else labels.long())
+def _of_kernel(
+    x: Tensor,
+    y: Tensor,
+    x_weights: Tensor | None,
+    y_weights: Tensor | None,
+    labels: Tensor | None,
+    bandwidths: Tensor | None,
+    kernel: int,
+    unbiased: bool,
+) -> Tensor:
+    return mmd_reference(
+        x,
+        y,
+        kernel=list(_KERNEL_CODE)[kernel],
+        bandwidths=bandwidths,
+        estimator="unbiased" if unbiased else "biased",
+        x_weights=x_weights,
+        y_weights=y_weights,
+        labels=labels,
     )
-    return a, b, numbers, u, v
 
 
-class _MMD(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (..., n, d)
-        y: Tensor,  # (..., m, d)
-        x_weights: Tensor | None,  # (..., n)
-        y_weights: Tensor | None,  # (..., m)
-        labels: Tensor | None,  # (..., n)
-        bandwidths: Tensor | None,  # (K,)
-        kernel: str,
-        estimator: str,
-        backend: str,
-    ) -> Tensor:  # (...,)
-        # A captured graph cannot hand a buffer out once: there the backward computes.
-        compiling = torch.compiler.is_compiling()
-        wanted = (False, False) if compiling else ctx.needs_input_grad[:2]
-        problems = _problems(x, y, x_weights, y_weights, labels)
-        ctx.options = _KERNEL_CODE[kernel], estimator == "unbiased"
-        loss, *gradients = _run(True, *problems, bandwidths, *ctx.options, wanted, backend)
-        ctx.gradients = None if compiling else gradients
-        ctx.kernel, ctx.estimator, ctx.backend = kernel, estimator, backend
-        ctx.save_for_backward(x, y, x_weights, y_weights, labels, bandwidths)
-        return loss.view(x.shape[:-2])
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
-        x, y, x_weights, y_weights, labels, bandwidths = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        gradients, ctx.gradients = ctx.gradients, None
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if twice or needs[2] or needs[3]:
-
-            def reference(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
-                return mmd_reference(
-                    x,
-                    y,
-                    kernel=ctx.kernel,
-                    bandwidths=bandwidths,
-                    estimator=ctx.estimator,
-                    x_weights=u,
-                    y_weights=v,
-                    labels=labels,
-                )
-
-            found = by_reference(reference, (x, y, x_weights, y_weights), needs, grad_output, twice)
-            return (*found, None, None, None, None, None)
-        if gradients is None:
-            # The same kernel on the same inputs: bit for bit what the first backward had.
-            problems = _problems(x, y, x_weights, y_weights, labels)
-            gradients = _run(False, *problems, bandwidths, *ctx.options, needs[:2], ctx.backend)
-        upstream = grad_output.reshape(-1)
-        for gradient in gradients:
-            scale_rows_(gradient.flatten(1), upstream, ctx.backend)
-        each = iter(gradients)
-        of_x, of_y = (next(each).view(z.shape) if need else None for z, need in zip((x, y), needs))
-        return of_x, of_y, None, None, None, None, None, None, None
+_native = native_distance("mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel)
 
 
 def _distance(
@@ -357,7 +264,6 @@ def _distance(
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     labels = check_class_labels(labels, x, y)
-    inputs = (x, y, x_weights, y_weights)
     if backend == "reference":
         return mmd_reference(
             x,
@@ -369,11 +275,8 @@ def _distance(
             y_weights=y_weights,
             labels=labels,
         )
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs):
-        return _MMD.apply(*inputs, labels, bandwidths, kernel, estimator, backend)
-    options = _KERNEL_CODE[kernel], estimator == "unbiased"
-    [loss] = _run(True, *_problems(*inputs, labels), bandwidths, *options, (False, False), backend)
-    return loss.view(x.shape[:-2])
+    options = (bandwidths, _KERNEL_CODE[kernel], estimator == "unbiased")
+    return _native(x, y, x_weights, y_weights, labels, options, backend)
 
 
 def _check_bandwidths(bandwidths: Any, kernel: str, x: Tensor) -> Tensor | None:  # (K,)
