@@ -272,6 +272,7 @@ MUTATIONS = [
     Mutation("pool triton: mask ignored", TRITON_POOL, "live = tl.load(mask_ptr + sample) != 0", "live = tl.load(mask_ptr + sample) < 2", pool(backend="triton")),
     Mutation("pool op: layouts taken for alike", OP_POOL, "return student, teacher.contiguous()\n    if", "return student, teacher\n    if", pool("layouts")),
     Mutation("pool op: pieces not added", OP_POOL, "[*pooled, mse.sum(1)]", "[*pooled, mse[:, 0]]", pool("long_sums", backend="cuda")),
+    Mutation("train: outputs of one anchor kept for all", f"{METHODS}/rco.py", "= ()  # another", '= ("logits",)  # another', "tests/test_train_methods.py -k 'rco_s'"),
     Mutation("train: the pool's first images again", TRAIN, "        drawn += more", "        drawn += 0", "tests/test_train.py -k 'pool'"),
     Mutation("train: a milestone late", TRAIN, "step // steps_per_epoch >= epoch", "step // steps_per_epoch > epoch", "tests/test_train.py -k 'rates'"),
     Mutation("train: a piece weighs as a batch", TRAIN, "weight = len(some) * world / len(rows)", "weight = 1.0", "tests/test_train_methods.py -k 'pieces'"),

@@ -76,6 +76,28 @@ def test_every_method_runs_and_ships_what_was_scored(method, tmp_path):
         ]
 
 
+def test_rco_s_teacher_is_each_epoch_s_anchor(tmp_path):
+    """Its first epoch is KD's from the first anchor, not from the teacher in the end."""
+    course = digits(tmp_path, "course", "--method", "rco", "--anchors", "2", *SHORT, "--no-alone")
+
+    def first_losses(folder: Path) -> list[float]:
+        return [m["train_loss"] for m in metrics_of(folder) if m["epoch"] == 1 and m["model"] != "teacher"]
+
+    of_anchors = [
+        digits(
+            tmp_path,
+            f"from-{i}",
+            *SHORT,
+            "--no-alone",
+            "--teacher-checkpoint",
+            str(course / f"teacher-anchor-{i}.pt"),
+        )
+        for i in (1, 2)
+    ]
+    assert first_losses(course) == pytest.approx(first_losses(of_anchors[0]), rel=1e-5)
+    assert first_losses(of_anchors[0]) != pytest.approx(first_losses(of_anchors[1]), rel=1e-3)
+
+
 def test_several_teachers_adapt_each(tmp_path):
     folder = digits(
         tmp_path,

@@ -28,6 +28,8 @@ class RCO(KD):
     Raises ValueError of an anchor that is missing, damaged or another model's; the teacher is then as it was.
     """
 
+    uses: tuple[str, ...] = ()  # another teacher's outputs with every anchor: none to be kept
+
     def __init__(
         self,
         student: nn.Module,
