@@ -627,3 +627,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, capsys
     assert (batch["epoch"], batch["step"]) == (1, 1)
     assert torch.equal(batch["labels"], digits.train_labels[batch["indices"]])
     torch.testing.assert_close(batch["images"], digits.train_images[batch["indices"]], equal_nan=True)
+
+
+def test_the_batch_that_is_kept_is_the_one_that_was_not_a_number(tmp_path, monkeypatch, capsys):
+    digits = data.load("digits")
+    parts = data.split(digits.train_labels, digits.validation_size, 100, 0)
+    everything = torch.cat([parts.labelled, parts.pool])
+    training = loop.Training("teacher", "", "", None, everything, loop.Optimisation(30, 128, 0.1))
+    fourth, _ = list(loop.steps_of(training, 1))[3]
+    digits.train_images[fourth[7]] = torch.nan
+    monkeypatch.setattr(data, "load", lambda *_: digits)
+    assert main(["--data", "digits", "--out", str(tmp_path), "--name", "nan", "--quiet"]) == 1
+    assert "the loss became nan in step 4" in capsys.readouterr().err
+    batch = torch.load(tmp_path / "nan" / "bad-batch.pt", weights_only=True)
+    assert torch.equal(batch["indices"], fourth)

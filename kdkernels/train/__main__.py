@@ -153,6 +153,11 @@ def _take_recipe(context: typer.Context, value: str | None) -> str | None:
     return value
 
 
+def _given(context: typer.Context, name: str) -> bool:
+    """Is the flag on the command line (and not of a recipe, or by default)?"""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
 def _option(text: str) -> tuple[str, Any]:
     name, found, value = text.partition("=")
     if not found or not name:
@@ -324,8 +329,7 @@ def train(
         more = [
             p.opts[0]
             for p in context.command.params
-            if p.name not in ("resume", "quiet", None)
-            and getattr(context.get_parameter_source(str(p.name)), "name", "") == "COMMANDLINE"
+            if p.name not in ("resume", "quiet", None) and _given(context, str(p.name))
         ]
         if more:
             _bad("--resume", f"takes no other flag but --quiet, got {more[0]} too")
@@ -338,9 +342,9 @@ def train(
     if data == "folder" and data_dir is None:
         _bad("--data-dir", "takes the folder of the images with --data folder")
     if labels is not None and label_fraction is not None:
-        if getattr(context.get_parameter_source("label_fraction"), "name", "") != "COMMANDLINE":
+        if not _given(context, "label_fraction"):
             label_fraction = None  # a recipe's
-        elif getattr(context.get_parameter_source("labels"), "name", "") != "COMMANDLINE":
+        elif not _given(context, "labels"):
             labels = None
     if labels is not None and label_fraction is not None:
         _bad("--label-fraction", "takes the place of --labels: give one of them")

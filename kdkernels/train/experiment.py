@@ -14,6 +14,7 @@ The test images are scored once, at the end, with the modules that are shipped.
 
 import copy
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from kdkernels.methods import DGKD, METHODS, load_deployable
+from kdkernels.methods import DGKD, METHODS
 from kdkernels.methods.deployable import fit as load_weights
-from kdkernels.methods.deployable import read_about
-from kdkernels.train import models
+from kdkernels.train import load, models
 from kdkernels.train.data import Dataset, split
 from kdkernels.train.loop import (
     Epoch,
@@ -256,25 +256,14 @@ class _Experiment:
             return take(self.data, "train", rows)[0]
 
         def of(look: Any, number: str = "") -> TeacherOutputs | None:
-            folder = (
-                self.report.folder / "teacher-cache" / f"{training.name}{number}"
-                if config.cache_teacher
-                else None
-            )
-            arguments = (
-                look,
-                method.uses,
-                batches,
-                images,
-                len(self.data.train_labels),
-                self.fabric.device,
-                folder,
-            )
-            with self.fabric.autocast():
-                if folder is None or self.fabric.world_size == 1:
-                    return compute(*arguments)
-                with self.fabric.rank_zero_first():
-                    return compute(*arguments)
+            folder: Path | None = None
+            turn: AbstractContextManager[Any] = nullcontext()
+            if config.cache_teacher:  # the first process writes, the others then read
+                folder = self.report.folder / "teacher-cache" / f"{training.name}{number}"
+                turn = self.fabric.rank_zero_first()
+            with self.fabric.autocast(), turn:
+                total = len(self.data.train_labels)
+                return compute(look, method.uses, batches, images, total, self.fabric.device, folder)
 
         if isinstance(method, DGKD):
             each = [of(method.look_at(i), f"-{i}") for i in range(len(method.teachers))]
@@ -339,7 +328,7 @@ class _Experiment:
         """Every choice is made: now, and only now, the test images."""
         image, _ = take(self.data, "train", torch.zeros(1, dtype=torch.int64))
         for name, path in self.report.deployables():
-            module = load_deployable(path, self.build(read_about(path)["model"])).to(self.fabric.device)
+            module = load(path).to(self.fabric.device)
             with torch.no_grad():
                 score = accuracy(module, self.data, "test", None, self.fabric)
             self.report.result(name, module.cost(image), score)

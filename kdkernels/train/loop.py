@@ -206,8 +206,8 @@ class Fit:
         if compiled:
             self._compile()
         if hasattr(learner, "gather"):
-            learner.gather = lambda x: gather_rows(x, self.pieces)
-        self.pieces: list[int] = []  # how many rows of the present piece each process has
+            learner.gather = lambda x: gather_rows(x, self._sizes())
+        self.present = (0, 0, 0)  # labelled images and others of the present batch, and which piece of it
         self.module, *self.optimizers = fabric.setup(learner, *optimizers)
         self.module.mark_forward_method("predict")
         if upkeep:
@@ -256,7 +256,7 @@ class Fit:
         augmentation = torch.Generator().manual_seed((training.seed * 1_000_003 + number + 2**40) % 2**63)
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
-        images = steps = 0
+        images = steps = checked = 0
         # Looking at a loss makes the host wait for a GPU: there it is done now and then.
         patience = 50 if fabric.device.type == "cuda" else 1
         for step, (labelled, pool) in enumerate(steps_of(training, number), start=1):
@@ -267,9 +267,10 @@ class Fit:
             images += len(labelled) + (0 if pool is None else len(pool))
             steps = step
             if step % patience == 0:
-                self._check(number, step, losses)
+                self._check(number, checked, losses)
+                checked = step
             advance()
-        self._check(number, steps, losses)
+        self._check(number, checked, losses)
         mean = sum_over_processes(torch.stack(losses).sum()).item() / fabric.world_size / steps
         seconds = time.perf_counter() - started  # the line above waited for a GPU
         means = {
@@ -301,8 +302,8 @@ class Fit:
         labels = self.data.train_labels[rows]
         mine = [share_of(len(labelled), rank, world)]
         if pool is not None:
-            start, stop, _ = share_of(len(pool), rank, world).indices(len(pool))
-            mine.append(slice(len(labelled) + start, len(labelled) + stop))
+            own = share_of(len(pool), rank, world)
+            mine.append(slice(len(labelled) + own.start, len(labelled) + own.stop))
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         every: list[tuple[Tensor, Tensor]] = []
@@ -311,7 +312,7 @@ class Fit:
                 torch.arange(p.start, p.stop)[share_of(p.stop - p.start, piece, how.accumulate)] for p in mine
             ]
             some = torch.cat(parts)
-            self.pieces = [self._rows_of(len(labelled), pool, r, piece) for r in range(world)]
+            self.present = (len(labelled), len(rows) - len(labelled), piece)
             if not len(some):
                 continue
             known = None if self.training.outputs is None else self.training.outputs.rows(rows[some])
@@ -336,14 +337,17 @@ class Fit:
             self._update(1)
         return total, terms
 
-    def _rows_of(self, labelled: int, pool: Tensor | None, rank: int, piece: int) -> int:
-        world, pieces = self.fabric.world_size, self.training.optimisation.accumulate
-        count = 0
-        for n in (labelled, 0 if pool is None else len(pool)):
-            own = share_of(n, rank, world)
-            share = share_of(own.stop - own.start, piece, pieces)
-            count += share.stop - share.start
-        return count
+    def _sizes(self) -> list[int]:
+        """How many rows of the present piece each process has."""
+        *counts, piece = self.present
+        pieces, world = self.training.optimisation.accumulate, self.fabric.world_size
+
+        def rows(count: int, rank: int) -> int:
+            own = share_of(count, rank, world)
+            part = share_of(own.stop - own.start, piece, pieces)
+            return part.stop - part.start
+
+        return [sum(rows(count, rank) for count in counts) for rank in range(world)]
 
     def _update(self, number: int) -> None:
         optimizer, how = self.optimizers[number], self.training.optimisation
@@ -356,16 +360,20 @@ class Fit:
         self.module.zero_grad(set_to_none=True)
         self.schedules[number].step()
 
-    def _check(self, epoch: int, step: int, losses: list[Tensor]) -> None:
-        """Stop at a loss that is not a number, in every process, and say which batch gave it."""
-        whole = sum_over_processes(torch.stack(losses)) / self.fabric.world_size
-        if bool(torch.isfinite(whole[-1])) and bool(torch.isfinite(whole).all()):
+    def _check(self, epoch: int, checked: int, losses: list[Tensor]) -> None:
+        """Stop at a loss that is not a number, in every process, and say which batch gave it; `checked` losses were
+        looked at before."""
+        if checked == len(losses):
+            return
+        whole = sum_over_processes(torch.stack(losses[checked:])) / self.fabric.world_size
+        if bool(torch.isfinite(whole).all()):
             return
         first = int((~torch.isfinite(whole)).nonzero()[0, 0])
-        labelled, pool = list(steps_of(self.training, epoch))[first]
+        step = checked + first
+        labelled, pool = list(steps_of(self.training, epoch))[step]
         rows = labelled if pool is None else torch.cat([labelled, pool])
         images, labels = take(self.data, "train", rows)
-        raise BadLoss(float(whole[first]), epoch, first + 1, images, labels, rows)
+        raise BadLoss(float(whole[first]), epoch, step + 1, images, labels, rows)
 
 
 def trained_part(learner: nn.Module) -> dict[str, Any]:
