@@ -15,6 +15,7 @@ from kdkernels.methods.method import Method
 
 each = pytest.mark.parametrize("name", METHODS)
 FROZEN = [name for name in METHODS if name != "atsc"]
+KEPT = [name for name in FROZEN if name != "rco"]  # its teacher changes with the anchors
 
 
 @each
@@ -90,7 +91,7 @@ def test_predicts_what_is_deployed(name):
     assert not torch.equal(method.predict(images), logits)
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_outputs_that_a_caller_kept(name, dtype):
     """In another dtype, and without what the method does not use."""
