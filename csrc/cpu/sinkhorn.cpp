@@ -215,16 +215,7 @@ KDK_INLINE float log_of(float x) {
   const int32_t bits = static_cast<int32_t>(float_to_bits(x));
   const int32_t k = (bits - 0x3f3504f3) >> 23;
   const float f = bits_to_float(static_cast<uint32_t>(bits - k * (1 << 23))) - 1.0f;
-  // As log_1_plus in ../math.h.
-  float h = 7.03758597e-2f;
-  h = h * f - 1.15145601e-1f;
-  h = h * f + 1.16770118e-1f;
-  h = h * f - 1.24201491e-1f;
-  h = h * f + 1.42493218e-1f;
-  h = h * f - 1.66680574e-1f;
-  h = h * f + 2.00007141e-1f;
-  h = h * f - 2.49999940e-1f;
-  h = h * f + 3.33333313e-1f;
+  const float h = third_order_of_log(f);
   return static_cast<float>(k) * static_cast<float>(kLn2) + (f + f * f * (f * h - 0.5f));
 }
 
