@@ -437,6 +437,31 @@ def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) 
     return scale_rows
 
 
+def _pair(
+    x: Tensor,  # (B, n, d), features side by side
+    y: Tensor,  # (B, m, d), features side by side
+    labels: Tensor | None,  # (B, n) int64, contiguous
+    x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
+    y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+) -> tuple[int, ...]:
+    """Two batches of features, as the kernels over them take them."""
+    problems, samples, width = x.shape
+    return (
+        _DTYPE_CODE[x.dtype],
+        problems,
+        samples,
+        y.shape[1],
+        width,
+        *x.stride()[:2],
+        *y.stride()[:2],
+        x.data_ptr(),
+        y.data_ptr(),
+        _address(labels),
+        _address(x_weights),
+        _address(y_weights),
+    )
+
+
 def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
     """As native_kl_div."""
 
@@ -453,21 +478,9 @@ def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) ->
         grad_x: Tensor | None,  # (B, n, d) contiguous
         grad_y: Tensor | None,  # (B, m, d) contiguous
     ) -> None:
-        problems, samples, width = x.shape
         run(
             where(x),
-            _DTYPE_CODE[x.dtype],
-            problems,
-            samples,
-            y.shape[1],
-            width,
-            *x.stride()[:2],
-            *y.stride()[:2],
-            x.data_ptr(),
-            y.data_ptr(),
-            _address(labels),
-            _address(x_weights),
-            _address(y_weights),
+            *_pair(x, y, labels, x_weights, y_weights),
             distance,
             eps,
             min_samples,
@@ -526,21 +539,9 @@ def native_mmd(run: Callable[..., None], where: Callable[[Tensor], int]) -> Call
         grad_x: Tensor | None,  # (B, n, d) contiguous
         grad_y: Tensor | None,  # (B, m, d) contiguous
     ) -> None:
-        problems, samples, width = x.shape
         run(
             where(x),
-            _DTYPE_CODE[x.dtype],
-            problems,
-            samples,
-            y.shape[1],
-            width,
-            *x.stride()[:2],
-            *y.stride()[:2],
-            x.data_ptr(),
-            y.data_ptr(),
-            _address(labels),
-            _address(x_weights),
-            _address(y_weights),
+            *_pair(x, y, labels, x_weights, y_weights),
             _address(bandwidths),
             0 if bandwidths is None else len(bandwidths),
             kernel,

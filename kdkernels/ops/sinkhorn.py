@@ -283,42 +283,18 @@ def _outputs(
 
 
 def _body(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    extra: Sequence[Tensor],
-    cost: str,
-    epsilon: float,
-    rho: float,
-    iterations: int,
-    tol: float,
-    debias: bool,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, extra: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:  # as the op has them
+    *options, debias, needs, backend = rest
     single, plans = _outputs(x, y, a, b, extra, debias, needs)
     if x.shape[0]:
         function: Any = _reference if backend == "reference" else launcher(backend, "sinkhorn")
-        function(x, y, a, b, extra, cost, epsilon, rho, iterations, tol, debias, *single, plans)
+        function(x, y, a, b, extra, *options, debias, *single, plans)
     return [z for z in (*single, *plans) if z is not None]
 
 
-def _fake(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    extra: Sequence[Tensor],
-    cost: str,
-    epsilon: float,
-    rho: float,
-    iterations: int,
-    tol: float,
-    debias: bool,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
+def _fake(x: Tensor, y: Tensor, a: Tensor, b: Tensor, extra: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    *_, debias, needs, _backend = rest
     single, plans = _outputs(x, y, a, b, extra, debias, needs)
     return [z for z in (*single, *plans) if z is not None]
 
