@@ -143,10 +143,6 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _threads(tensor: Tensor) -> int:
     return torch.get_num_threads()
 
@@ -192,20 +188,20 @@ def native_kl_div(run: Callable[..., None], where: Callable[[Tensor], int]) -> C
             classes,
             input.stride(0),
             target.stride(0),
-            input.data_ptr(),
-            target.data_ptr(),
-            _address(input_temperature),
-            _address(target_temperature),
+            input,
+            target,
+            input_temperature,
+            target_temperature,
             input_temperature_value,
             target_temperature_value,
-            _address(row_scale),
+            row_scale,
             scale,
-            _address(mask),
-            _address(loss),
-            _address(grad_input),
-            _address(grad_target),
-            _address(grad_input_temperature),
-            _address(grad_target_temperature),
+            mask,
+            loss,
+            grad_input,
+            grad_target,
+            grad_input_temperature,
+            grad_target_temperature,
         )
 
     return kl_div
@@ -252,18 +248,18 @@ def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) 
             input.stride(0),
             0 if target is None else target.stride(0),
             0 if grad_input is None else grad_input.stride(0),
-            input.data_ptr(),
-            _address(target),
-            _address(labels),
-            _address(input_temperature),
-            _address(target_temperature),
+            input,
+            target,
+            labels,
+            input_temperature,
+            target_temperature,
             input_temperature_value,
             target_temperature_value,
-            _address(soft_scale),
+            soft_scale,
             soft_scale_value,
-            _address(row_scale),
+            row_scale,
             scale,
-            _address(mask),
+            mask,
             divergence,
             first,
             second,
@@ -273,10 +269,10 @@ def native_logit_loss(run: Callable[..., None], where: Callable[[Tensor], int]) 
             label_smoothing,
             z_loss,
             logit_mse,
-            _address(loss),
-            _address(terms),
-            _address(grad_input),
-            _address(grad_input_temperature),
+            loss,
+            terms,
+            grad_input,
+            grad_input_temperature,
         )
 
     return logit_loss
@@ -309,19 +305,19 @@ def native_topk_kl_div(run: Callable[..., None], where: Callable[[Tensor], int])
             indices.shape[1],
             input.stride(0),
             0 if grad_input is None else grad_input.stride(0),
-            input.data_ptr(),
-            log_probs.data_ptr(),
-            indices.data_ptr(),
-            _address(input_temperature),
+            input,
+            log_probs,
+            indices,
+            input_temperature,
             input_temperature_value,
-            _address(row_scale),
+            row_scale,
             scale,
-            _address(mask),
+            mask,
             tail,
-            _address(loss),
-            _address(grad_input),
-            _address(grad_log_probs),
-            _address(grad_input_temperature),
+            loss,
+            grad_input,
+            grad_log_probs,
+            grad_input_temperature,
         )
 
     return topk_kl_div
@@ -352,21 +348,21 @@ def native_multi_teacher_kl_div(
             rows,
             classes,
             input.stride(0),
-            input.data_ptr(),
-            [target.data_ptr() for target in targets],
+            input,
+            targets,
             [target.stride(0) for target in targets],
-            _address(temperature),
+            temperature,
             _strides(temperature),
             temperature_values,
-            _address(weight),
+            weight,
             _strides(weight),
             weight_values,
-            _address(teacher_mask),
+            teacher_mask,
             _strides(teacher_mask),
-            _address(mask),
-            _address(loss),
-            _address(losses),
-            _address(grad_input),
+            mask,
+            loss,
+            losses,
+            grad_input,
         )
 
     return multi_teacher_kl_div
@@ -402,17 +398,17 @@ def native_pool_mse(run: Callable[..., None], where: Callable[[Tensor], int]) ->
             positions,
             mse.shape[1] if mse is not None and mse.dim() == 2 else 1,
             positions == 1 or not student.is_contiguous(),
-            student.data_ptr(),
-            teacher.data_ptr(),
-            _address(mask),
-            _address(grad_pooled_student),
-            _address(grad_pooled_teacher),
-            _address(grad_mse),
-            _address(pooled_student),
-            _address(pooled_teacher),
-            _address(mse),
-            _address(grad_student),
-            _address(grad_teacher),
+            student,
+            teacher,
+            mask,
+            grad_pooled_student,
+            grad_pooled_teacher,
+            grad_mse,
+            pooled_student,
+            pooled_teacher,
+            mse,
+            grad_student,
+            grad_teacher,
         )
 
     return pool_mse
@@ -421,16 +417,16 @@ def native_pool_mse(run: Callable[..., None], where: Callable[[Tensor], int]) ->
 def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
     """As native_kl_div."""
 
-    def scale_rows(grad: Tensor, scale: Tensor) -> None:  # (M, N), () or (M,)
-        rows, classes = grad.shape
+    def scale_rows(grad: Tensor, scale: Tensor) -> None:  # (M, ...), () or (M,)
+        rows = grad.shape[0]
         stride = scale.stride(0) if scale.dim() else 0
         run(
             where(grad),
             _DTYPE_CODE[grad.dtype],
             rows,
-            classes,
-            grad.data_ptr(),
-            scale.data_ptr(),
+            grad.numel() // rows,
+            grad,
+            scale,
             stride,
         )
 
@@ -443,7 +439,7 @@ def _pair(
     labels: Tensor | None,  # (B, n) int64, contiguous
     x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
     y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
-) -> tuple[int, ...]:
+) -> tuple[Any, ...]:
     """Two batches of features, as the kernels over them take them."""
     problems, samples, width = x.shape
     return (
@@ -454,11 +450,11 @@ def _pair(
         width,
         *x.stride()[:2],
         *y.stride()[:2],
-        x.data_ptr(),
-        y.data_ptr(),
-        _address(labels),
-        _address(x_weights),
-        _address(y_weights),
+        x,
+        y,
+        labels,
+        x_weights,
+        y_weights,
     )
 
 
@@ -484,9 +480,9 @@ def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) ->
             distance,
             eps,
             min_samples,
-            loss.data_ptr(),
-            _address(grad_x),
-            _address(grad_y),
+            loss,
+            grad_x,
+            grad_y,
         )
 
     return gaussian
@@ -512,12 +508,12 @@ def native_masked_feature_loss(
             samples,
             channels,
             height * width,
-            student.data_ptr(),
-            teacher.data_ptr(),
-            weight_map.data_ptr(),
-            loss.data_ptr(),
-            _address(grad_student),
-            _address(squares),
+            student,
+            teacher,
+            weight_map,
+            loss,
+            grad_student,
+            squares,
         )
 
     return masked_feature_loss
@@ -542,13 +538,13 @@ def native_mmd(run: Callable[..., None], where: Callable[[Tensor], int]) -> Call
         run(
             where(x),
             *_pair(x, y, labels, x_weights, y_weights),
-            _address(bandwidths),
+            bandwidths,
             0 if bandwidths is None else len(bandwidths),
             kernel,
             unbiased,
-            loss.data_ptr(),
-            _address(grad_x),
-            _address(grad_y),
+            loss,
+            grad_x,
+            grad_y,
         )
 
     return mmd
@@ -577,14 +573,14 @@ def native_sliced_wasserstein(
             projections,
             n,
             y.shape[2],
-            x.data_ptr(),
-            y.data_ptr(),
-            _address(x_weights),
-            _address(y_weights),
+            x,
+            y,
+            x_weights,
+            y_weights,
             p,
-            loss.data_ptr(),
-            _address(grad_x),
-            _address(grad_y),
+            loss,
+            grad_x,
+            grad_y,
         )
 
     return sliced_wasserstein
@@ -628,20 +624,28 @@ def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) ->
             _DTYPE_CODE[x.dtype],
             *x.shape[:2],
             *y.shape[1:],
-            x.data_ptr(),
-            y.data_ptr(),
-            a.data_ptr(),
-            b.data_ptr(),
-            [_address(z) for z in (*extra, None, None, None)[:3]],
+            x,
+            y,
+            a,
+            b,
+            (*extra, None, None, None)[:3],
             _COST_CODE[cost],
             epsilon,
             rho,
             iterations,
             tol,
             debias,
-            *(_address(z) for z in (loss, f, g, f_self, g_self, grad_x, grad_y, grad_a, grad_b)),
-            [_address(z) for z in (*plans, None, None, None)[:3]],
-            _address(scratch),
+            loss,
+            f,
+            g,
+            f_self,
+            g_self,
+            grad_x,
+            grad_y,
+            grad_a,
+            grad_b,
+            (*plans, None, None, None)[:3],
+            scratch,
         )
 
     return sinkhorn
@@ -713,8 +717,8 @@ def unobserved(tensor: Tensor) -> bool:
     Python takes longer than the kernel of a small batch.
     """
     return (
-        type(tensor) in _PLAIN
-        and not torch.compiler.is_compiling()
+        type(tensor) in _PLAIN  # nor is it being captured: then it is a fake one, but for Dynamo
+        and not torch.compiler.is_dynamo_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -726,7 +730,7 @@ def holds_label(labels: Tensor, label: int) -> bool | None:
         return None
     if not labels.is_contiguous():
         return None
-    return bool(_C.cpu_count_labels(labels.data_ptr(), labels.numel(), label))
+    return bool(_C.cpu_count_labels(labels, labels.numel(), label))
 
 
 def launcher(backend: str, name: str) -> Callable[..., None]:
@@ -756,8 +760,8 @@ def bf16_linear(
         x.stride(0),
         weight.stride(0),
         out.stride(0),
-        x.data_ptr(),
-        weight.data_ptr(),
-        _address(bias),
-        out.data_ptr(),
+        x,
+        weight,
+        bias,
+        out,
     )

@@ -1,6 +1,5 @@
-// The Python module kdkernels._C: addresses, sizes and scalars in, params structs out. No Torch
-// here: the callers in kdkernels/backend.py check and allocate, and one build serves every torch
-// version.
+// The Python module kdkernels._C: tensors, sizes and scalars in, params structs out. No Torch here:
+// the callers in kdkernels/backend.py check and allocate, and one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,32 +14,54 @@
 namespace py = pybind11;
 
 namespace kdkernels {
+
+// Where a tensor's elements lie. Whatever has a data_ptr() is a tensor; None is no tensor.
+struct Address {
+  void* value = nullptr;
+  template <typename T>
+  operator T*() const {
+    return static_cast<T*>(value);
+  }
+};
+
+}  // namespace kdkernels
+
+template <>
+struct pybind11::detail::type_caster<kdkernels::Address> {
+  PYBIND11_TYPE_CASTER(kdkernels::Address, const_name("Tensor | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    const object address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
+    if (!address) throw error_already_set();
+    value.value = PyLong_AsVoidPtr(address.ptr());
+    return true;
+  }
+};
+
+namespace kdkernels {
 namespace {
 
-template <typename T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
-
 KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t input_stride,
-                          int64_t target_stride, uintptr_t input, uintptr_t target,
-                          uintptr_t input_temperature, uintptr_t target_temperature,
+                          int64_t target_stride, Address input, Address target,
+                          Address input_temperature, Address target_temperature,
                           double input_temperature_value, double target_temperature_value,
-                          uintptr_t row_scale, double scale, uintptr_t mask, uintptr_t loss,
-                          uintptr_t grad_input, uintptr_t grad_target,
-                          uintptr_t grad_input_temperature, uintptr_t grad_target_temperature) {
+                          Address row_scale, double scale, Address mask, Address loss,
+                          Address grad_input, Address grad_target, Address grad_input_temperature,
+                          Address grad_target_temperature) {
   KlDivParams params;
-  params.input = address<const void>(input);
-  params.target = address<const void>(target);
-  params.input_temperature = address<const void>(input_temperature);
-  params.target_temperature = address<const void>(target_temperature);
-  params.row_scale = address<const void>(row_scale);
-  params.mask = address<const uint8_t>(mask);
-  params.loss = address<void>(loss);
-  params.grad_input = address<void>(grad_input);
-  params.grad_target = address<void>(grad_target);
-  params.grad_input_temperature = address<void>(grad_input_temperature);
-  params.grad_target_temperature = address<void>(grad_target_temperature);
+  params.input = input;
+  params.target = target;
+  params.input_temperature = input_temperature;
+  params.target_temperature = target_temperature;
+  params.row_scale = row_scale;
+  params.mask = mask;
+  params.loss = loss;
+  params.grad_input = grad_input;
+  params.grad_target = grad_target;
+  params.grad_input_temperature = grad_input_temperature;
+  params.grad_target_temperature = grad_target_temperature;
   params.input_temperature_value = input_temperature_value;
   params.target_temperature_value = target_temperature_value;
   params.scale = scale;
@@ -52,30 +73,27 @@ KlDivParams kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t inpu
   return params;
 }
 
-LogitLossParams logit_loss_params(int dtype, int grad_dtype, int64_t rows, int64_t classes,
-                                  int64_t input_stride, int64_t target_stride, int64_t grad_stride,
-                                  uintptr_t input, uintptr_t target, uintptr_t labels,
-                                  uintptr_t input_temperature, uintptr_t target_temperature,
-                                  double input_temperature_value, double target_temperature_value,
-                                  uintptr_t soft_scale, double soft_scale_value,
-                                  uintptr_t row_scale, double scale, uintptr_t mask, int divergence,
-                                  double first, double second, double mix, bool standardize,
-                                  double hard_weight, double label_smoothing, double z_loss,
-                                  double logit_mse, uintptr_t loss, uintptr_t terms,
-                                  uintptr_t grad_input, uintptr_t grad_input_temperature) {
+LogitLossParams logit_loss_params(
+    int dtype, int grad_dtype, int64_t rows, int64_t classes, int64_t input_stride,
+    int64_t target_stride, int64_t grad_stride, Address input, Address target, Address labels,
+    Address input_temperature, Address target_temperature, double input_temperature_value,
+    double target_temperature_value, Address soft_scale, double soft_scale_value, Address row_scale,
+    double scale, Address mask, int divergence, double first, double second, double mix,
+    bool standardize, double hard_weight, double label_smoothing, double z_loss, double logit_mse,
+    Address loss, Address terms, Address grad_input, Address grad_input_temperature) {
   LogitLossParams params;
-  params.input = address<const void>(input);
-  params.target = address<const void>(target);
-  params.labels = address<const int64_t>(labels);
-  params.input_temperature = address<const void>(input_temperature);
-  params.target_temperature = address<const void>(target_temperature);
-  params.soft_scale = address<const void>(soft_scale);
-  params.row_scale = address<const void>(row_scale);
-  params.mask = address<const uint8_t>(mask);
-  params.loss = address<void>(loss);
-  params.terms = address<void>(terms);
-  params.grad_input = address<void>(grad_input);
-  params.grad_input_temperature = address<void>(grad_input_temperature);
+  params.input = input;
+  params.target = target;
+  params.labels = labels;
+  params.input_temperature = input_temperature;
+  params.target_temperature = target_temperature;
+  params.soft_scale = soft_scale;
+  params.row_scale = row_scale;
+  params.mask = mask;
+  params.loss = loss;
+  params.terms = terms;
+  params.grad_input = grad_input;
+  params.grad_input_temperature = grad_input_temperature;
   params.input_temperature_value = input_temperature_value;
   params.target_temperature_value = target_temperature_value;
   params.soft_scale_value = soft_scale_value;
@@ -100,23 +118,22 @@ LogitLossParams logit_loss_params(int dtype, int grad_dtype, int64_t rows, int64
 }
 
 TopkKlDivParams topk_kl_div_params(int dtype, int64_t rows, int64_t classes, int64_t k,
-                                   int64_t input_stride, int64_t grad_stride, uintptr_t input,
-                                   uintptr_t log_probs, uintptr_t indices,
-                                   uintptr_t input_temperature, double input_temperature_value,
-                                   uintptr_t row_scale, double scale, uintptr_t mask, int tail,
-                                   uintptr_t loss, uintptr_t grad_input, uintptr_t grad_log_probs,
-                                   uintptr_t grad_input_temperature) {
+                                   int64_t input_stride, int64_t grad_stride, Address input,
+                                   Address log_probs, Address indices, Address input_temperature,
+                                   double input_temperature_value, Address row_scale, double scale,
+                                   Address mask, int tail, Address loss, Address grad_input,
+                                   Address grad_log_probs, Address grad_input_temperature) {
   TopkKlDivParams params;
-  params.input = address<const void>(input);
-  params.log_probs = address<const void>(log_probs);
-  params.indices = address<const int64_t>(indices);
-  params.input_temperature = address<const void>(input_temperature);
-  params.row_scale = address<const void>(row_scale);
-  params.mask = address<const uint8_t>(mask);
-  params.loss = address<void>(loss);
-  params.grad_input = address<void>(grad_input);
-  params.grad_log_probs = address<void>(grad_log_probs);
-  params.grad_input_temperature = address<void>(grad_input_temperature);
+  params.input = input;
+  params.log_probs = log_probs;
+  params.indices = indices;
+  params.input_temperature = input_temperature;
+  params.row_scale = row_scale;
+  params.mask = mask;
+  params.loss = loss;
+  params.grad_input = grad_input;
+  params.grad_log_probs = grad_log_probs;
+  params.grad_input_temperature = grad_input_temperature;
   params.input_temperature_value = input_temperature_value;
   params.scale = scale;
   params.rows = rows;
@@ -133,28 +150,28 @@ using Strides = std::array<int64_t, 2>;
 
 // The vectors have an entry for each teacher.
 MultiTeacherKlDivParams multi_teacher_kl_div_params(
-    int dtype, int64_t rows, int64_t classes, int64_t input_stride, uintptr_t input,
-    const std::vector<uintptr_t>& targets, const std::vector<int64_t>& target_strides,
-    uintptr_t temperature, Strides temperature_strides,
-    const std::vector<double>& temperature_values, uintptr_t weight, Strides weight_strides,
-    const std::vector<double>& weight_values, uintptr_t teacher_mask, Strides teacher_mask_strides,
-    uintptr_t mask, uintptr_t loss, uintptr_t losses, uintptr_t grad_input) {
+    int dtype, int64_t rows, int64_t classes, int64_t input_stride, Address input,
+    const std::vector<Address>& targets, const std::vector<int64_t>& target_strides,
+    Address temperature, Strides temperature_strides, const std::vector<double>& temperature_values,
+    Address weight, Strides weight_strides, const std::vector<double>& weight_values,
+    Address teacher_mask, Strides teacher_mask_strides, Address mask, Address loss, Address losses,
+    Address grad_input) {
   if (targets.size() > kMaxTeachers) throw std::invalid_argument("too many teachers");
   MultiTeacherKlDivParams params = {};
-  params.input = address<const void>(input);
+  params.input = input;
   for (size_t k = 0; k < targets.size(); ++k) {
-    params.targets[k] = address<const void>(targets[k]);
+    params.targets[k] = targets[k];
     params.target_strides[k] = target_strides[k];
     params.temperature_values[k] = temperature_values[k];
     params.weight_values[k] = weight_values[k];
   }
-  params.temperature = address<const void>(temperature);
-  params.weight = address<const void>(weight);
-  params.teacher_mask = address<const uint8_t>(teacher_mask);
-  params.mask = address<const uint8_t>(mask);
-  params.loss = address<void>(loss);
-  params.losses = address<void>(losses);
-  params.grad_input = address<void>(grad_input);
+  params.temperature = temperature;
+  params.weight = weight;
+  params.teacher_mask = teacher_mask;
+  params.mask = mask;
+  params.loss = loss;
+  params.losses = losses;
+  params.grad_input = grad_input;
   std::copy_n(temperature_strides.begin(), 2, params.temperature_strides);
   std::copy_n(weight_strides.begin(), 2, params.weight_strides);
   std::copy_n(teacher_mask_strides.begin(), 2, params.teacher_mask_strides);
@@ -167,23 +184,23 @@ MultiTeacherKlDivParams multi_teacher_kl_div_params(
 }
 
 PoolMseParams pool_mse_params(int dtype, int64_t batch, int64_t channels, int64_t positions,
-                              int64_t pieces, bool channels_last, uintptr_t student,
-                              uintptr_t teacher, uintptr_t mask, uintptr_t grad_pooled_student,
-                              uintptr_t grad_pooled_teacher, uintptr_t grad_mse,
-                              uintptr_t pooled_student, uintptr_t pooled_teacher, uintptr_t mse,
-                              uintptr_t grad_student, uintptr_t grad_teacher) {
+                              int64_t pieces, bool channels_last, Address student, Address teacher,
+                              Address mask, Address grad_pooled_student,
+                              Address grad_pooled_teacher, Address grad_mse, Address pooled_student,
+                              Address pooled_teacher, Address mse, Address grad_student,
+                              Address grad_teacher) {
   PoolMseParams params;
-  params.student = address<const void>(student);
-  params.teacher = address<const void>(teacher);
-  params.mask = address<const uint8_t>(mask);
-  params.grad_pooled_student = address<const void>(grad_pooled_student);
-  params.grad_pooled_teacher = address<const void>(grad_pooled_teacher);
-  params.grad_mse = address<const void>(grad_mse);
-  params.pooled_student = address<void>(pooled_student);
-  params.pooled_teacher = address<void>(pooled_teacher);
-  params.mse = address<void>(mse);
-  params.grad_student = address<void>(grad_student);
-  params.grad_teacher = address<void>(grad_teacher);
+  params.student = student;
+  params.teacher = teacher;
+  params.mask = mask;
+  params.grad_pooled_student = grad_pooled_student;
+  params.grad_pooled_teacher = grad_pooled_teacher;
+  params.grad_mse = grad_mse;
+  params.pooled_student = pooled_student;
+  params.pooled_teacher = pooled_teacher;
+  params.mse = mse;
+  params.grad_student = grad_student;
+  params.grad_teacher = grad_teacher;
   params.batch = batch;
   params.channels = channels;
   params.positions = positions;
@@ -195,19 +212,19 @@ PoolMseParams pool_mse_params(int dtype, int64_t batch, int64_t channels, int64_
 
 GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
                                int64_t features, int64_t x_problem_stride, int64_t x_stride,
-                               int64_t y_problem_stride, int64_t y_stride, uintptr_t x, uintptr_t y,
-                               uintptr_t labels, uintptr_t x_weights, uintptr_t y_weights,
-                               int distance, double eps, int64_t min_samples, uintptr_t loss,
-                               uintptr_t grad_x, uintptr_t grad_y) {
+                               int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
+                               Address labels, Address x_weights, Address y_weights, int distance,
+                               double eps, int64_t min_samples, Address loss, Address grad_x,
+                               Address grad_y) {
   GaussianParams params;
-  params.x = address<const void>(x);
-  params.y = address<const void>(y);
-  params.labels = address<const int64_t>(labels);
-  params.x_weights = address<const void>(x_weights);
-  params.y_weights = address<const void>(y_weights);
-  params.loss = address<void>(loss);
-  params.grad_x = address<void>(grad_x);
-  params.grad_y = address<void>(grad_y);
+  params.x = x;
+  params.y = y;
+  params.labels = labels;
+  params.x_weights = x_weights;
+  params.y_weights = y_weights;
+  params.loss = loss;
+  params.grad_x = grad_x;
+  params.grad_y = grad_y;
   params.eps = eps;
   params.min_samples = min_samples;
   params.problems = problems;
@@ -225,20 +242,20 @@ GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, i
 
 MmdParams mmd_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
                      int64_t features, int64_t x_problem_stride, int64_t x_stride,
-                     int64_t y_problem_stride, int64_t y_stride, uintptr_t x, uintptr_t y,
-                     uintptr_t labels, uintptr_t x_weights, uintptr_t y_weights,
-                     uintptr_t bandwidths, int64_t bandwidth_count, int kernel, bool unbiased,
-                     uintptr_t loss, uintptr_t grad_x, uintptr_t grad_y) {
+                     int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
+                     Address labels, Address x_weights, Address y_weights, Address bandwidths,
+                     int64_t bandwidth_count, int kernel, bool unbiased, Address loss,
+                     Address grad_x, Address grad_y) {
   MmdParams params;
-  params.x = address<const void>(x);
-  params.y = address<const void>(y);
-  params.labels = address<const int64_t>(labels);
-  params.x_weights = address<const void>(x_weights);
-  params.y_weights = address<const void>(y_weights);
-  params.bandwidths = address<const void>(bandwidths);
-  params.loss = address<void>(loss);
-  params.grad_x = address<void>(grad_x);
-  params.grad_y = address<void>(grad_y);
+  params.x = x;
+  params.y = y;
+  params.labels = labels;
+  params.x_weights = x_weights;
+  params.y_weights = y_weights;
+  params.bandwidths = bandwidths;
+  params.loss = loss;
+  params.grad_x = grad_x;
+  params.grad_y = grad_y;
   params.bandwidth_count = bandwidth_count;
   params.problems = problems;
   params.x_samples = x_samples;
@@ -255,35 +272,26 @@ MmdParams mmd_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_s
 }
 
 MaskedFeatureLossParams masked_feature_loss_params(int dtype, int64_t samples, int64_t channels,
-                                                   int64_t positions, uintptr_t student,
-                                                   uintptr_t teacher, uintptr_t weight_map,
-                                                   uintptr_t loss, uintptr_t grad_student,
-                                                   uintptr_t squares) {
-  return {address<const void>(student),
-          address<const void>(teacher),
-          address<const void>(weight_map),
-          address<void>(loss),
-          address<void>(grad_student),
-          address<void>(squares),
-          samples,
-          channels,
-          positions,
-          static_cast<DType>(dtype)};
+                                                   int64_t positions, Address student,
+                                                   Address teacher, Address weight_map,
+                                                   Address loss, Address grad_student,
+                                                   Address squares) {
+  return {student, teacher, weight_map, loss,      grad_student,
+          squares, samples, channels,   positions, static_cast<DType>(dtype)};
 }
 
 SlicedWassersteinParams sliced_wasserstein_params(int dtype, int64_t rows, int64_t projections,
-                                                  int64_t n, int64_t m, uintptr_t x, uintptr_t y,
-                                                  uintptr_t x_weights, uintptr_t y_weights,
-                                                  double p, uintptr_t loss, uintptr_t grad_x,
-                                                  uintptr_t grad_y) {
+                                                  int64_t n, int64_t m, Address x, Address y,
+                                                  Address x_weights, Address y_weights, double p,
+                                                  Address loss, Address grad_x, Address grad_y) {
   SlicedWassersteinParams params;
-  params.x = address<const void>(x);
-  params.y = address<const void>(y);
-  params.x_weights = address<const void>(x_weights);
-  params.y_weights = address<const void>(y_weights);
-  params.loss = address<void>(loss);
-  params.grad_x = address<void>(grad_x);
-  params.grad_y = address<void>(grad_y);
+  params.x = x;
+  params.y = y;
+  params.x_weights = x_weights;
+  params.y_weights = y_weights;
+  params.loss = loss;
+  params.grad_x = grad_x;
+  params.grad_y = grad_y;
   params.p = p;
   params.rows = rows;
   params.projections = projections;
@@ -293,58 +301,47 @@ SlicedWassersteinParams sliced_wasserstein_params(int dtype, int64_t rows, int64
   return params;
 }
 
-ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, uintptr_t grad,
-                                  uintptr_t scale, int64_t scale_stride) {
-  return {address<void>(grad), address<const void>(scale), rows, classes,
-          scale_stride,        static_cast<DType>(dtype)};
+ScaleRowsParams scale_rows_params(int dtype, int64_t rows, int64_t classes, Address grad,
+                                  Address scale, int64_t scale_stride) {
+  return {grad, scale, rows, classes, scale_stride, static_cast<DType>(dtype)};
 }
 
 Bf16LinearParams bf16_linear_params(int64_t rows, int64_t classes, int64_t features,
                                     int64_t x_stride, int64_t weight_stride, int64_t out_stride,
-                                    uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out) {
-  return {address<const void>(x),
-          address<const void>(weight),
-          address<const void>(bias),
-          address<void>(out),
-          rows,
-          classes,
-          features,
-          x_stride,
-          weight_stride,
-          out_stride};
+                                    Address x, Address weight, Address bias, Address out) {
+  return {x, weight, bias, out, rows, classes, features, x_stride, weight_stride, out_stride};
 }
 
 // Three addresses each: of x and y, of x and x, of y and y.
-using Three = std::array<uintptr_t, 3>;
+using Three = std::array<Address, 3>;
 
 SinkhornParams sinkhorn_params(int dtype, int64_t problems, int64_t n, int64_t m, int64_t d,
-                               uintptr_t x, uintptr_t y, uintptr_t a, uintptr_t b, Three extra,
-                               int cost, double epsilon, double rho, int iterations, double tol,
-                               bool debias, uintptr_t loss, uintptr_t f, uintptr_t g,
-                               uintptr_t f_self, uintptr_t g_self, uintptr_t grad_x,
-                               uintptr_t grad_y, uintptr_t grad_a, uintptr_t grad_b, Three plan,
-                               uintptr_t scratch) {
+                               Address x, Address y, Address a, Address b, Three extra, int cost,
+                               double epsilon, double rho, int iterations, double tol, bool debias,
+                               Address loss, Address f, Address g, Address f_self, Address g_self,
+                               Address grad_x, Address grad_y, Address grad_a, Address grad_b,
+                               Three plan, Address scratch) {
   SinkhornParams params;
-  params.x = address<const void>(x);
-  params.y = address<const void>(y);
-  params.a = address<const void>(a);
-  params.b = address<const void>(b);
-  params.extra = address<const void>(extra[0]);
-  params.extra_x = address<const void>(extra[1]);
-  params.extra_y = address<const void>(extra[2]);
-  params.loss = address<void>(loss);
-  params.f = address<void>(f);
-  params.g = address<void>(g);
-  params.f_self = address<void>(f_self);
-  params.g_self = address<void>(g_self);
-  params.grad_x = address<void>(grad_x);
-  params.grad_y = address<void>(grad_y);
-  params.grad_a = address<void>(grad_a);
-  params.grad_b = address<void>(grad_b);
-  params.plan = address<void>(plan[0]);
-  params.plan_x = address<void>(plan[1]);
-  params.plan_y = address<void>(plan[2]);
-  params.scratch = address<void>(scratch);
+  params.x = x;
+  params.y = y;
+  params.a = a;
+  params.b = b;
+  params.extra = extra[0];
+  params.extra_x = extra[1];
+  params.extra_y = extra[2];
+  params.loss = loss;
+  params.f = f;
+  params.g = g;
+  params.f_self = f_self;
+  params.g_self = g_self;
+  params.grad_x = grad_x;
+  params.grad_y = grad_y;
+  params.grad_a = grad_a;
+  params.grad_b = grad_b;
+  params.plan = plan[0];
+  params.plan_x = plan[1];
+  params.plan_y = plan[2];
+  params.scratch = scratch;
   params.epsilon = epsilon;
   params.rho = rho;
   params.tol = tol;
@@ -376,7 +373,7 @@ void bind_cuda(py::module_& m, const char* name, Params (*make)(Args...),
                int (*run)(const Params&, void*)) {
   m.def(name, [name, make, run](uintptr_t stream, Args... args) {
     const py::gil_scoped_release unlocked;
-    const int error = run(make(args...), address<void>(stream));
+    const int error = run(make(args...), reinterpret_cast<void*>(stream));
     if (error != 0) throw std::runtime_error(std::string(name) + ": " + cuda::error_string(error));
   });
 }
@@ -391,8 +388,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
   m.def("cpu_has_bf16_linear", cpu::has_bf16_linear);
   bind_cpu(m, "cpu_bf16_linear", bf16_linear_params, cpu::bf16_linear);
-  m.def("cpu_count_labels", [](uintptr_t labels, int64_t rows, int64_t label) {
-    return cpu::count_labels(address<const int64_t>(labels), rows, label);
+  m.def("cpu_count_labels", [](Address labels, int64_t rows, int64_t label) {
+    return cpu::count_labels(labels, rows, label);
   });
   bind_cpu(m, "cpu_masked_feature_loss", masked_feature_loss_params, cpu::masked_feature_loss);
   bind_cpu(m, "cpu_mmd", mmd_params, cpu::mmd);

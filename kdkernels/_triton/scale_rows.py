@@ -53,11 +53,11 @@ def scale_rows_kernel(
 
 
 def scale_rows(
-    grad: torch.Tensor,  # (rows, classes) contiguous
+    grad: torch.Tensor,  # (rows, ...) contiguous
     scale: torch.Tensor,  # () or (rows,) float32
 ) -> None:
     """Multiply each row of `grad` by its scale, in place; the scale is never read on the host."""
-    rows, classes = grad.shape
+    rows, classes = grad.shape[0], grad.numel() // grad.shape[0]
     block_m, block_n, num_warps = tile(classes)
     with torch.cuda.device_of(grad):
         scale_rows_kernel[(triton.cdiv(rows, block_m),)](

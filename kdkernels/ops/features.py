@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,23 @@ COVARIANCES = ("diagonal", "full")
 
 
 def check_features(x: Any, y: Any, *, equal_width: bool = True) -> None:
+    # In one expression: of a small batch's call the checks are a good part.
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and len(of_x := x.shape) > 1
+        and len(of_y := y.shape) > 1
+        and of_x[-1]
+        and of_y[-1]
+        and of_x[:-2] == of_y[:-2]
+        and (of_x[-1] == of_y[-1] or not equal_width)
+        and x.dtype == y.dtype
+        and x.device == y.device
+    ):
+        _refuse_features(x, y, equal_width)
+
+
+def _refuse_features(x: Any, y: Any, equal_width: bool) -> NoReturn:
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of features, got {kind_of(value)}")
@@ -33,8 +50,7 @@ def check_features(x: Any, y: Any, *, equal_width: bool = True) -> None:
         )
     if y.dtype != x.dtype:
         raise TypeError(f"y must have x's dtype {x.dtype}, got {y.dtype}")
-    if y.device != x.device:
-        raise ValueError(f"y must be on x's device {x.device}, got {y.device}")
+    raise ValueError(f"y must be on x's device {x.device}, got {y.device}")
 
 
 def check_sample_weights(weights: Any, x: Tensor, name: str) -> Tensor | None:  # (..., n)

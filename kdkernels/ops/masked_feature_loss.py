@@ -127,7 +127,7 @@ class _WeightedSquares(torch.autograd.Function):
         if needs[0] or needs[1]:
             gradient = gradients[0]
             if gradient.numel() and not scaled:
-                scale_rows_(gradient.flatten(1), grad_output.contiguous(), ctx.backend)
+                scale_rows_(gradient, grad_output.contiguous(), ctx.backend)
             of_student = gradient if needs[0] else None
             of_teacher = -gradient if needs[1] else None
         if needs[2]:

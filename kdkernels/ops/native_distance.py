@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ def native_distance(
             return _body(name, with_loss, x, *arguments)
         return (forward if with_loss else backward)(x, *arguments)
 
+    native = Native(run, reference)
+
     def distance(
         x: Tensor,  # (..., n, d)
         y: Tensor,  # (..., m, d)
@@ -59,13 +61,25 @@ def native_distance(
         options: tuple[Any, ...],
         backend: str,
     ) -> Tensor:  # (...,)
-        samples = (x, y, x_weights, y_weights)
-        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in samples):
-            return _Distance.apply(*samples, labels, run, reference, backend, *options)
-        [loss] = run(True, *_problems(*samples, labels), *options, (False, False), backend)
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or y.requires_grad
+            or (x_weights is not None and x_weights.requires_grad)
+            or (y_weights is not None and y_weights.requires_grad)
+        ):
+            return _Distance.apply(x, y, x_weights, y_weights, labels, native, options, backend)
+        problems = _problems(x, y, x_weights, y_weights, labels)
+        [loss] = run(True, *problems, *options, (False, False), backend)
         return loss.view(x.shape[:-2])
 
     return distance
+
+
+class Native(NamedTuple):
+    """How a distance is computed: with the loss or without it, and by the reference."""
+
+    run: Callable[..., list[Tensor]]
+    reference: Callable[..., Tensor]
 
 
 def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -95,13 +109,20 @@ def _problems(
     labels: Tensor | None,  # (..., n)
 ) -> tuple[Any, ...]:
     """As the ops take them: x, y, labels, x_weights, y_weights."""
-    a, b = (z if z.dim() == 3 else as_problems(z, 2) for z in (x, y))
-    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (a, b))
-    u, v, numbers = (
-        None if z is None else as_problems(z, 1).contiguous()
-        for z in (x_weights, y_weights, labels if labels is None else labels.long())
+    return (
+        _side_by_side(x),
+        _side_by_side(y),
+        None if labels is None else as_problems(labels.long(), 1).contiguous(),
+        None if x_weights is None else as_problems(x_weights, 1).contiguous(),
+        None if y_weights is None else as_problems(y_weights, 1).contiguous(),
     )
-    return a, b, numbers, u, v
+
+
+def _side_by_side(x: Tensor) -> Tensor:  # (..., n, d) -> (B, n, d)
+    dimensions = x.dim()
+    if dimensions != 3:
+        x = x.unsqueeze(0) if dimensions == 2 else as_problems(x, 2)
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 class _Distance(torch.autograd.Function):
@@ -113,41 +134,42 @@ class _Distance(torch.autograd.Function):
         x_weights: Tensor | None,  # (..., n)
         y_weights: Tensor | None,  # (..., m)
         labels: Tensor | None,  # (..., n)
-        run: Callable[..., list[Tensor]],
-        reference: Callable[..., Tensor],
+        native: Native,
+        options: tuple[Any, ...],  # constants
         backend: str,
-        *options: Any,  # constants
     ) -> Tensor:  # (...,)
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
         wanted = (False, False) if compiling else ctx.needs_input_grad[:2]
         problems = _problems(x, y, x_weights, y_weights, labels)
-        loss, *gradients = run(True, *problems, *options, wanted, backend)
+        loss, *gradients = native.run(True, *problems, *options, wanted, backend)
         ctx.gradients = None if compiling else gradients
-        ctx.run, ctx.reference, ctx.backend, ctx.options = run, reference, backend, options
+        ctx.arguments = (native, options, backend)
         ctx.save_for_backward(x, y, x_weights, y_weights, labels)
         return loss.view(x.shape[:-2])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
         x, y, x_weights, y_weights, labels = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        rest = (None,) * (4 + len(ctx.options))
+        native, options, backend = ctx.arguments
+        needs = ctx.needs_input_grad
         gradients, ctx.gradients = ctx.gradients, None
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if twice or needs[2] or needs[3]:
 
             def reference(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
-                return ctx.reference(x, y, u, v, labels, *ctx.options)
+                return native.reference(x, y, u, v, labels, *options)
 
-            return (*by_reference(reference, (x, y, x_weights, y_weights), needs, grad_output, twice), *rest)
+            inputs = (x, y, x_weights, y_weights)
+            found = by_reference(reference, inputs, needs[:4], grad_output, twice)
+            return (*found, None, None, None, None)
         if gradients is None:
             # The same kernel on the same inputs: bit for bit what the first backward had.
             problems = _problems(x, y, x_weights, y_weights, labels)
-            gradients = ctx.run(False, *problems, *ctx.options, needs[:2], ctx.backend)
-        upstream = grad_output.reshape(-1)
+            gradients = native.run(False, *problems, *options, needs[:2], backend)
+        upstream = grad_output if grad_output.dim() < 2 else grad_output.reshape(-1)
         for gradient in gradients:
-            scale_rows_(gradient.flatten(1), upstream, ctx.backend)
-        each = iter(gradients)
-        of_x, of_y = (next(each).view(z.shape) if need else None for z, need in zip((x, y), needs))
-        return of_x, of_y, None, None, *rest
+            scale_rows_(gradient, upstream, backend)
+        of_x = gradients[0].view(x.shape) if needs[0] else None
+        of_y = gradients[-1].view(y.shape) if needs[1] else None
+        return of_x, of_y, None, None, None, None, None, None

@@ -14,7 +14,7 @@ from kdkernels.backend import LIBRARY, launcher, unobserved
 LIBRARY.define("scale_rows_(Tensor(a!) grad, Tensor scale, str backend) -> ()")
 
 
-def _body(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, N) contiguous, () or (M,)
+def _body(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, ...) contiguous, () or (M,)
     if grad.numel():
         launcher(backend, "scale_rows")(grad, scale)
 
@@ -24,6 +24,6 @@ LIBRARY.impl("scale_rows_", _body, "CUDA")
 torch.library.register_fake("kdkernels::scale_rows_", lambda grad, scale, backend: None, lib=LIBRARY)
 
 
-def scale_rows_(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, N) contiguous, () or (M,)
+def scale_rows_(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, ...) contiguous, () or (M,)
     """grad[r, :] *= scale[r] in place; a row whose scale is 1 is left alone."""
     (_body if unobserved(grad) else torch.ops.kdkernels.scale_rows_)(grad, scale, backend)
