@@ -357,6 +357,32 @@ struct ScaleRowsParams {
   DType dtype;
 };
 
+// Both sides' logits x weight^T + bias, the rows' loss of them, and the gradients of what they are
+// made of, on the CPU, in one call for as few rows, classes and features as stay in its caches.
+//
+// losses[0] says what logit_loss makes of the logits; losses[1] the same with the sides exchanged,
+// for the gradients of the second side, where there are any. Their input, target, grad_input and
+// strides are the kernel's own. Without a second side its x is null. Every row counts. Logits,
+// sums and what lies between them are in the statistics type.
+struct LinearSide {
+  const void* x;       // (rows, features), row stride x_stride
+  const void* weight;  // (classes, features), row stride weight_stride
+  const void* bias;    // (classes,), or null
+  void* grad_x;        // (rows, features) contiguous, grad_dtype, as all gradients; or null
+  void* grad_weight;   // (classes, features) contiguous, or null
+  void* grad_bias;     // (classes,) statistics, or null
+  int64_t features;
+  int64_t x_stride;
+  int64_t weight_stride;
+  DType dtype;
+  DType grad_dtype;
+};
+
+struct SmallLinearLossParams {
+  LogitLossParams losses[2];
+  LinearSide sides[2];
+};
+
 // out = x weight^T + bias: bfloat16 matrices, their product summed and left in float32. On CPUs
 // that multiply bfloat16 (has_bf16_linear).
 struct Bf16LinearParams {
@@ -442,6 +468,7 @@ void topk_kl_div(const TopkKlDivParams& params, int threads);
 void scale_rows(const ScaleRowsParams& params, int threads);
 void sinkhorn(const SinkhornParams& params, int threads);
 void sliced_wasserstein(const SlicedWassersteinParams& params, int threads);
+void small_linear_loss(const SmallLinearLossParams& params, int threads);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0 is success); `stream` is a cudaStream_t. float64 is not taken.

@@ -651,6 +651,81 @@ def native_sinkhorn(run: Callable[..., None], where: Callable[[Tensor], int]) ->
     return sinkhorn
 
 
+def native_small_linear_loss(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def side(
+        x: Tensor | None,  # (M, D), features side by side, as in weight
+        weight: Tensor | None,  # (N, D)
+        bias: Tensor | None,  # (N,)
+        grad_x: Tensor | None,  # (M, D) contiguous, of one dtype with grad_weight
+        grad_weight: Tensor | None,  # (N, D) contiguous
+        grad_bias: Tensor | None,  # (N,) statistics' dtype
+    ) -> tuple[Any, ...]:
+        if x is None or weight is None:
+            return (0, 0, 0, 0, 0, None, None, None, None, None, None)
+        of = grad_weight if grad_x is None else grad_x
+        return (
+            _DTYPE_CODE[x.dtype],
+            _DTYPE_CODE[x.dtype if of is None else of.dtype],
+            x.shape[1],
+            x.stride(0),
+            weight.stride(0),
+            x,
+            weight,
+            None if bias is None else bias.contiguous(),
+            grad_x,
+            grad_weight,
+            grad_bias,
+        )
+
+    def small_linear_loss(
+        input: Sequence[Tensor | None],  # as `side` has them
+        target: Sequence[Tensor | None],
+        labels: Tensor | None,  # (M,) int64
+        input_temperature: Tensor | None,  # (M,)
+        target_temperature: Tensor | None,  # (M,)
+        input_temperature_value: float,
+        target_temperature_value: float,
+        soft_scale: Tensor | None,  # (M,)
+        soft_scale_value: float,
+        row_scale: Tensor | None,  # (M,)
+        scale: float,
+        options: Sequence[float],  # logit_loss's, from divergence to logit_mse
+        exchanged: Sequence[float],  # the same for the gradients of the target's side
+        loss: Tensor | None,  # (M,)
+        terms: Tensor | None,  # (5, M)
+        grad_input_temperature: Tensor | None,  # (M,)
+        grad_target_temperature: Tensor | None,  # (M,)
+    ) -> None:
+        x, weight = input[:2]
+        assert x is not None and weight is not None
+        run(
+            where(x),
+            x.shape[0],
+            weight.shape[0],
+            labels,
+            input_temperature,
+            target_temperature,
+            input_temperature_value,
+            target_temperature_value,
+            soft_scale,
+            soft_scale_value,
+            row_scale,
+            scale,
+            options,
+            exchanged,
+            loss,
+            terms,
+            grad_input_temperature,
+            grad_target_temperature,
+            side(*input),
+            side(*target),
+        )
+
+    return small_linear_loss
+
+
 # What the native module has: the name of each kernel, and what makes its launcher.
 NATIVE = {
     "kl_div": native_kl_div,
@@ -674,6 +749,7 @@ NATIVE_CPU = {
     "masked_feature_loss": native_masked_feature_loss,
     "mmd": native_mmd,
     "sliced_wasserstein": native_sliced_wasserstein,
+    "small_linear_loss": native_small_linear_loss,
 }
 
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../csrc/kdkernels.h"
@@ -114,6 +115,80 @@ LogitLossParams logit_loss_params(
   params.standardize = standardize;
   params.dtype = static_cast<DType>(dtype);
   params.grad_dtype = static_cast<DType>(grad_dtype);
+  return params;
+}
+
+// Of logit_loss: divergence, first, second, mix, standardize, hard_weight, label_smoothing, z_loss,
+// logit_mse.
+using LossOptions = std::tuple<int, double, double, double, bool, double, double, double, double>;
+// dtype, grad_dtype, features, x_stride, weight_stride, x, weight, bias, grad_x, grad_weight,
+// grad_bias.
+using LinearSideOptions = std::tuple<int, int, int64_t, int64_t, int64_t, Address, Address, Address,
+                                     Address, Address, Address>;
+
+LinearSide linear_side(const LinearSideOptions& options) {
+  const auto [dtype, grad_dtype, features, x_stride, weight_stride, x, weight, bias, grad_x,
+              grad_weight, grad_bias] = options;
+  return {x,
+          weight,
+          bias,
+          grad_x,
+          grad_weight,
+          grad_bias,
+          features,
+          x_stride,
+          weight_stride,
+          static_cast<DType>(dtype),
+          static_cast<DType>(grad_dtype)};
+}
+
+// Logits, their gradients and strides are the kernel's to set.
+LogitLossParams loss_of_logits(const LossOptions& options) {
+  const auto [divergence, first, second, mix, standardize, hard_weight, label_smoothing, z_loss,
+              logit_mse] = options;
+  LogitLossParams params = {};
+  params.divergence = static_cast<Divergence>(divergence);
+  params.first = first;
+  params.second = second;
+  params.mix = mix;
+  params.standardize = standardize;
+  params.hard_weight = hard_weight;
+  params.label_smoothing = label_smoothing;
+  params.z_loss = z_loss;
+  params.logit_mse = logit_mse;
+  return params;
+}
+
+SmallLinearLossParams small_linear_loss_params(
+    int64_t rows, int64_t classes, Address labels, Address input_temperature,
+    Address target_temperature, double input_temperature_value, double target_temperature_value,
+    Address soft_scale, double soft_scale_value, Address row_scale, double scale,
+    const LossOptions& options, const LossOptions& exchanged, Address loss, Address terms,
+    Address grad_input_temperature, Address grad_target_temperature, const LinearSideOptions& input,
+    const LinearSideOptions& target) {
+  SmallLinearLossParams params = {{loss_of_logits(options), loss_of_logits(exchanged)},
+                                  {linear_side(input), linear_side(target)}};
+  for (LogitLossParams& each : params.losses) {
+    each.labels = labels;
+    each.soft_scale = soft_scale;
+    each.soft_scale_value = soft_scale_value;
+    each.row_scale = row_scale;
+    each.scale = scale;
+    each.rows = rows;
+    each.classes = classes;
+  }
+  const Address temperatures[2] = {input_temperature, target_temperature};
+  const double values[2] = {input_temperature_value, target_temperature_value};
+  for (int i = 0; i < 2; ++i) {
+    params.losses[i].input_temperature = temperatures[i];
+    params.losses[i].target_temperature = temperatures[1 - i];
+    params.losses[i].input_temperature_value = values[i];
+    params.losses[i].target_temperature_value = values[1 - i];
+  }
+  params.losses[0].loss = loss;
+  params.losses[0].terms = terms;
+  params.losses[0].grad_input_temperature = grad_input_temperature;
+  params.losses[1].grad_input_temperature = grad_target_temperature;
   return params;
 }
 
@@ -399,6 +474,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
   bind_cpu(m, "cpu_sinkhorn", sinkhorn_params, cpu::sinkhorn);
   bind_cpu(m, "cpu_sliced_wasserstein", sliced_wasserstein_params, cpu::sliced_wasserstein);
+  bind_cpu(m, "cpu_small_linear_loss", small_linear_loss_params, cpu::small_linear_loss);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
   bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);

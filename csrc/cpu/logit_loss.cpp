@@ -31,6 +31,7 @@
 #include "../divergence.h"
 #include "../kdkernels.h"
 #include "kl_row.h"
+#include "logit_rows.h"
 #include "parallel.h"
 
 namespace kdkernels::cpu {
@@ -1102,21 +1103,29 @@ int64_t rows_of(const LogitLossParams& params, int64_t begin_row, int64_t end_ro
   return -1;
 }
 
-using Rows = int64_t (*)(const LogitLossParams&, int64_t, int64_t);
 #define KDK_ROWS_OF(name) rows_of<Divergence::k##name, S>,
 // In the order of Divergence.
 template <typename S>
-constexpr Rows kRows[] = {rows_of<Divergence::kNone, S>, KDK_DIVERGENCES(KDK_ROWS_OF)};
+constexpr RowsOfLogits kRows[] = {rows_of<Divergence::kNone, S>, KDK_DIVERGENCES(KDK_ROWS_OF)};
 
 }  // namespace
 
-void logit_loss(const LogitLossParams& params, int threads) {
+RowsOfLogits rows_of_logits(const LogitLossParams& params) {
   const bool same = params.grad_dtype == params.dtype;
   const bool is_narrower = params.dtype == DType::kFloat32 && params.grad_dtype != DType::kFloat64;
   if (!same && !is_narrower) throw std::invalid_argument("no gradient of that type");
   const auto which = static_cast<size_t>(params.divergence);
   if (which >= std::size(kRows<float>)) throw std::invalid_argument("no such divergence");
-  const Rows body = params.dtype == DType::kFloat64 ? kRows<double>[which] : kRows<float>[which];
+  return params.dtype == DType::kFloat64 ? kRows<double>[which] : kRows<float>[which];
+}
+
+void refuse_label(const LogitLossParams& params, int64_t row) {
+  throw std::invalid_argument("labels must be in [0, " + std::to_string(params.classes) +
+                              ") where they count, got " + std::to_string(params.labels[row]));
+}
+
+void logit_loss(const LogitLossParams& params, int threads) {
+  const RowsOfLogits body = rows_of_logits(params);
   std::atomic<int64_t> wrong{-1};
   for_each_run_of_rows(
       params.rows, params.classes, threads,
@@ -1125,11 +1134,7 @@ void logit_loss(const LogitLossParams& params, int threads) {
         if (found >= 0) wrong = found;
       },
       kElementsPerThread / 4);  // an element takes several times as long as one of kl_div
-
-  if (wrong >= 0) {
-    throw std::invalid_argument("labels must be in [0, " + std::to_string(params.classes) +
-                                ") where they count, got " + std::to_string(params.labels[wrong]));
-  }
+  if (wrong >= 0) refuse_label(params, wrong);
 }
 
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label) {

@@ -48,27 +48,6 @@ constexpr int64_t kOfCentre = 256;
 // Multiplications that take about 20 us, and so are worth another thread.
 constexpr double kWorkPerThread = 1e6;
 
-// Memory that starts where a register's load does not cross lines of the cache.
-template <typename S>
-class Buffer {
- public:
-  S* reserve(int64_t n) {
-    if (n > size_) {
-      memory_.reset(static_cast<S*>(::operator new(static_cast<size_t>(n) * sizeof(S), kAlign)));
-      size_ = n;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(S* memory) const { ::operator delete(memory, kAlign); }
-  };
-  std::unique_ptr<S, Free> memory_;
-  int64_t size_ = 0;
-};
-
 // The samples of one side that have weight.
 template <typename S>
 struct Side {
@@ -379,9 +358,8 @@ KDK_INLINE void gram_tile(const Task<S>& task, const Side<S>& own, const Side<S>
       const S* b = other.packed + (first_panel + q) * panel_size + k * kPanel<S>;
       for (int64_t c = 0; c < kPanel<S>; c += kWidth) {
         for (int64_t r = 0; r < rows; r += kRows) {
-          multiply<S, kBytes, kRows, 3, 1, kPanel<S>>(a + r, b + c, kPanel<S>, depth, k > 0,
-                                                      tile + r * kColumns<S> + q * kPanel<S> + c,
-                                                      kColumns<S>);
+          multiply<S, kBytes, kRows, 3>(a + r, 1, kPanel<S>, b + c, kPanel<S>, depth, k > 0,
+                                        tile + r * kColumns<S> + q * kPanel<S> + c, kColumns<S>);
         }
       }
     }
@@ -396,14 +374,14 @@ KDK_INLINE void add_gradient(const S* tile, const S* z, int64_t rows, int64_t co
   int64_t f = 0;
   for (; f + 3 * kCount <= stride; f += 3 * kCount) {
     for (int64_t r = 0; r < rows; r += kRows) {
-      multiply<S, kBytes, kRows, 3, kColumns<S>, 1>(tile + r * kColumns<S>, z + f, stride, columns,
-                                                    true, grad + r * stride + f, stride);
+      multiply<S, kBytes, kRows, 3>(tile + r * kColumns<S>, kColumns<S>, 1, z + f, stride, columns,
+                                    true, grad + r * stride + f, stride);
     }
   }
   for (; f < stride; f += kCount) {
     for (int64_t r = 0; r < rows; r += kRows) {
-      multiply<S, kBytes, kRows, 1, kColumns<S>, 1>(tile + r * kColumns<S>, z + f, stride, columns,
-                                                    true, grad + r * stride + f, stride);
+      multiply<S, kBytes, kRows, 1>(tile + r * kColumns<S>, kColumns<S>, 1, z + f, stride, columns,
+                                    true, grad + r * stride + f, stride);
     }
   }
 }

@@ -2,6 +2,9 @@
 // before it leaves the cache.
 #pragma once
 
+#include <memory>
+#include <new>
+
 #include "simd.h"
 
 // Functions under these are compiled for one instruction set each; the caller picks (isa()). Unlike
@@ -26,6 +29,27 @@ inline int isa() {
   return 0;
 #endif
 }
+
+// Memory that starts where a register's load does not cross lines of the cache.
+template <typename S>
+class Buffer {
+ public:
+  S* reserve(int64_t n) {
+    if (n > size_) {
+      memory_.reset(static_cast<S*>(::operator new(static_cast<size_t>(n) * sizeof(S), kAlign)));
+      size_ = n;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(S* memory) const { ::operator delete(memory, kAlign); }
+  };
+  std::unique_ptr<S, Free> memory_;
+  int64_t size_ = 0;
+};
 
 // kBytes of S side by side: plain loops over kCount values where there are no vector types.
 template <typename S, int kBytes>
@@ -53,11 +77,11 @@ struct Lanes {
   KDK_INLINE void store(S* to) const { std::memcpy(to, &values, kBytes); }
 };
 
-// c[kRows][kVectors kCount] (+)= sum_k a[r kRow + k kStep] b[k b_stride ...], summed in registers
+// c[kRows][kVectors kCount] (+)= sum_k a[r a_row + k a_step] b[k b_stride ...], summed in registers
 // and then added: so a sum of many calls is one of partial sums.
-template <typename S, int kBytes, int kRows, int kVectors, int64_t kRow, int64_t kStep>
-KDK_INLINE void multiply(const S* a, const S* b, int64_t b_stride, int64_t depth, bool add, S* c,
-                         int64_t c_stride) {
+template <typename S, int kBytes, int kRows, int kVectors>
+KDK_INLINE void multiply(const S* a, int64_t a_row, int64_t a_step, const S* b, int64_t b_stride,
+                         int64_t depth, bool add, S* c, int64_t c_stride) {
   using V = Lanes<S, kBytes>;
   V sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -71,7 +95,7 @@ KDK_INLINE void multiply(const S* a, const S* b, int64_t b_stride, int64_t depth
     for (int v = 0; v < kVectors; ++v) row[v].load(b + k * b_stride + v * V::kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const S value = a[r * kRow + k * kStep];
+      const S value = a[r * a_row + k * a_step];
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sums[r][v].add_product(value, row[v]);
     }

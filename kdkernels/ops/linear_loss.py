@@ -10,6 +10,8 @@ Two strategies, chosen by `plan_linear_loss`:
              place, and the products for the gradients of features and head follow at once
     tiles    (Triton) logits exist as tiles on the chip, and are formed again in the backward
 
+On the CPU, where all rows are one chunk and the classes few, one native kernel makes the whole of it.
+
 Products per step, each of 2 M N D operations: student and teacher logits, the gradient of x, that of W: 4. A head or
 features without gradient cost none; where both sides have one head, one product makes both logits.
 
@@ -235,7 +237,10 @@ def _planned(call: Call) -> Call:
     if call.chunk_rows >= 0:
         return call
     tiled = _takes_tiles(call.backend, call.kind, call.spec, (call.scale, call.target_scale))
-    return call._replace(chunk_rows=planned_rows(call.input, call.classes, tiled))
+    chunk_rows = planned_rows(call.input, call.classes, tiled)
+    return call._replace(
+        chunk_rows=0 if call.input.shape[0] <= chunk_rows and _is_small(call) else chunk_rows
+    )
 
 
 def planned_rows(x: Tensor, classes: int, tiled: bool = False) -> int:
@@ -265,6 +270,34 @@ def _takes_tiles(backend: str, kind: int, spec: Spec, scales: Iterable[Scale | N
         and not spec.standardize
         and not any(isinstance(scale, Tensor) for scale in scales)
     )
+
+
+# Multiplications of bfloat16 matrices that half precision's speed makes worth several calls.
+_FEW = 1 << 23
+
+
+def _is_small(call: Call) -> bool:
+    """Whether one native call takes all rows of a CPU's, which it holds the logits of."""
+    needs = call.needs
+    if (
+        call.backend != "cpu"
+        or call.kind not in (NO_TEACHER, HIDDEN)
+        or call.classes > SMALL_HEAD
+        or call.mask is not None
+        or not (
+            call.scale is None
+            and call.target_scale is None
+            and call.scale_value == call.target_scale_value == 1
+        )
+        or call.cap
+        or call.target_cap
+        or (call.spec.squared and (needs[6] or needs[7]))
+        or (call.labels is None and call.spec.divergence in OF_LABELS)
+    ):
+        return False
+    features = call.input.shape[1] + (0 if call.kind == NO_TEACHER else call.target.shape[1])  # type: ignore[union-attr]
+    few = call.input.shape[0] * call.classes * features <= _FEW
+    return few or call.input.dtype != torch.bfloat16 or not projection.native_half(call.input)
 
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
@@ -602,7 +635,7 @@ def _fill_topk(
 
 
 def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
-    """Fills `outputs` by one launch, and one more where there are gradients among them."""
+    """Fills `outputs` by one launch, and on a GPU one more where there are gradients among them."""
     loss, terms, *gradients = outputs
     rows, device, spec = call.input.shape[0], call.input.device, call.spec
     if not rows:
@@ -624,32 +657,51 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
             if i and x is not None and x.shape[0] > call.classes:
                 x.zero_()
                 of_side[i] = x.narrow(0, start, call.classes)
-    inputs = (
-        call.input,
-        _classes(call.weight, call.start, call.classes),
-        _classes(call.bias, call.start, call.classes),
-        call.target,
-        _classes(target_weight, target_start, call.classes) if call.kind == HIDDEN else None,
-        _classes(target_bias, target_start, call.classes) if call.kind == HIDDEN else None,
-        call.labels,
+    input = [call.input, *(_classes(x, call.start, call.classes) for x in (call.weight, call.bias))]
+    target: list[Tensor | None] = [call.target, None, None]
+    if call.kind == HIDDEN:
+        target[1:] = [_classes(x, target_start, call.classes) for x in (target_weight, target_bias)]
+    else:
+        of_target = [None, None, None]
+    shared = (
         *call[8:12],
         *scale_of_soft(spec, call.input_temperature, call.input_temperature_value),
         call.row_scale,
         call.row_scale_value,
-        call.mask,
-        *spec[:4],
-        *spec[7:],
-        call.cap,
-        call.target_cap,
-        call.scale_value,
-        call.target_scale_value,
     )
-    kernel = launcher(call.backend, "linear_loss")
-    statistics = torch.empty(LINEAR_STATISTICS, rows, dtype=dtype, device=device)
-    kernel(*inputs, loss, terms, statistics, *[None] * 8)
-    wanted = (*of_input, *(of_target if call.kind == HIDDEN else (None, None, None)), *gradients[6:8])
-    if any(x is not None for x in wanted):
-        kernel(*inputs, None, None, statistics, *wanted)
+    if call.backend == "cpu":
+        exchanged = spec.exchanged() if call.kind == HIDDEN else spec
+        launcher("cpu", "small_linear_loss")(
+            (*input, *of_input),
+            (*target, *of_target),
+            call.labels,
+            *shared,
+            (*spec[:5], *spec[7:]),
+            (*exchanged[:5], *exchanged[7:]),
+            loss,
+            terms,
+            *gradients[6:8],
+        )
+    else:
+        inputs = (
+            *input,
+            *target,
+            call.labels,
+            *shared,
+            call.mask,
+            *spec[:4],
+            *spec[7:],
+            call.cap,
+            call.target_cap,
+            call.scale_value,
+            call.target_scale_value,
+        )
+        kernel = launcher(call.backend, "linear_loss")
+        statistics = torch.empty(LINEAR_STATISTICS, rows, dtype=dtype, device=device)
+        kernel(*inputs, loss, terms, statistics, *[None] * 8)
+        wanted = (*of_input, *of_target, *gradients[6:8])
+        if any(x is not None for x in wanted):
+            kernel(*inputs, None, None, statistics, *wanted)
     if call.tied:
         for whole, part in zip(of_input[1:], of_target[1:]):
             if whole is not None and part is not None:
