@@ -137,10 +137,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_AS_IT_IS = nullcontext()
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which matrix products keep the dtypes that they are given, autocast or not."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 def _threads(tensor: Tensor) -> int:

@@ -207,30 +207,31 @@ def _outputs(with_loss: bool, call: Call) -> list[Tensor | None]:
     dtype = statistics_dtype(call.input.dtype)
     chunks = -(-rows // call.chunk_rows) if call.chunk_rows > 0 else 1
 
-    def empty(i: int) -> Tensor:
-        x = call[i] if i < 6 else None
-        if i in (0, 1, 3, 4):
-            assert isinstance(x, Tensor)
-            return torch.empty(x.shape, dtype=projection.sum_dtype(x, chunks), device=device)
-        shape = x.shape if isinstance(x, Tensor) else (rows,) if i in (6, 7) else ()
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    return [
+    outputs = [
         torch.empty(rows, dtype=dtype, device=device) if with_loss else None,
         torch.empty(5, rows, dtype=dtype, device=device) if with_loss and call.with_terms else None,
-        *(empty(i) if need else None for i, need in enumerate(call.needs)),
     ]
+    for i, need in enumerate(call.needs):
+        if not need:
+            outputs.append(None)
+            continue
+        x = call[i] if i < 6 else None
+        shape = x.shape if isinstance(x, Tensor) else (rows,) if i in (6, 7) else ()
+        of_product = isinstance(x, Tensor) and i in (0, 1, 3, 4)
+        summed = projection.sum_dtype(x, chunks) if of_product else dtype  # type: ignore[arg-type]
+        outputs.append(torch.empty(shape, dtype=summed, device=device))
+    return outputs
 
 
 def _handed_out(call: Call, outputs: Sequence[Tensor | None]) -> list[Tensor]:
     """What the op gives: sums in float32 as what they are gradients of, except float16's, which has no range for a
     gradient that is still to meet its upstream gradient."""
 
-    def cast(x: Tensor, of: Tensor | None) -> Tensor:
-        return x if of is None or of.dtype == torch.float16 else x.to(of.dtype)
-
-    sources = [None, None, *call[:6], *[None] * 4]
-    return [cast(x, of) for x, of in zip(outputs, sources) if x is not None]
+    found = [x for x in outputs[:2] if x is not None]
+    for x, of in zip(outputs[2:], (*call[:6], *[None] * 4)):
+        if x is not None:
+            found.append(x if of is None or of.dtype in (x.dtype, torch.float16) else x.to(of.dtype))
+    return found
 
 
 def _planned(call: Call) -> Call:
@@ -657,10 +658,12 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
             if i and x is not None and x.shape[0] > call.classes:
                 x.zero_()
                 of_side[i] = x.narrow(0, start, call.classes)
-    input = [call.input, *(_classes(x, call.start, call.classes) for x in (call.weight, call.bias))]
-    target: list[Tensor | None] = [call.target, None, None]
+    start, classes = call.start, call.classes
+    input = (call.input, _classes(call.weight, start, classes), _classes(call.bias, start, classes))
+    target: tuple[Tensor | None, ...] = (call.target, None, None)
     if call.kind == HIDDEN:
-        target[1:] = [_classes(x, target_start, call.classes) for x in (target_weight, target_bias)]
+        head = (_classes(target_weight, target_start, classes), _classes(target_bias, target_start, classes))
+        target = (call.target, *head)
     else:
         of_target = [None, None, None]
     shared = (
@@ -670,7 +673,8 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
         call.row_scale_value,
     )
     if call.backend == "cpu":
-        exchanged = spec.exchanged() if call.kind == HIDDEN else spec
+        other = any(x is not None for x in (*of_target, gradients[7]))
+        exchanged = spec.exchanged() if other else spec
         launcher("cpu", "small_linear_loss")(
             (*input, *of_input),
             (*target, *of_target),
