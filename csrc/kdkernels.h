@@ -261,6 +261,34 @@ struct GaussianParams {
   DType dtype;
 };
 
+// Squared Frobenius distances of covariances, over 4 features^2, with samples' weights w that are
+// made to add up to 1 and C = sum w (x - mean)(x - mean)^T / (1 - sum w^2):
+//
+//   loss = |C_x - C_y|^2 / (4 features^2)
+//
+// With labels (x and y have the same samples then), the sum over each problem's classes. A problem
+// or class with fewer than two samples of positive weight on a side is 0. Where x and y are equal,
+// loss and gradients are exactly 0. A null output is not computed.
+struct CoralParams {
+  const void* x;          // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
+  const void* y;          // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
+  const int64_t* labels;  // (problems, x_samples) contiguous, or null
+  const void* x_weights;  // (problems, x_samples) statistics, contiguous, or null: 1
+  const void* y_weights;  // (problems, y_samples) statistics, contiguous, or null: 1
+  void* loss;             // (problems,) statistics
+  void* grad_x;           // (problems, x_samples, features) contiguous, or null
+  void* grad_y;           // (problems, y_samples, features) contiguous, or null
+  int64_t problems;
+  int64_t x_samples;
+  int64_t y_samples;
+  int64_t features;
+  int64_t x_problem_stride;
+  int64_t x_stride;
+  int64_t y_problem_stride;
+  int64_t y_stride;
+  DType dtype;
+};
+
 // The kernels of a maximum mean discrepancy, each summed over the bandwidths s; r = |a - b|.
 enum class MmdKernel : int32_t {
   kRbf = 0,         // e^(-r^2 / (2 s^2))
@@ -456,6 +484,7 @@ struct SinkhornParams {
 namespace cpu {
 bool has_bf16_linear();
 void bf16_linear(const Bf16LinearParams& params, int threads);
+void coral(const CoralParams& params, int threads);
 void gaussian(const GaussianParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);

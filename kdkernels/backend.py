@@ -461,6 +461,24 @@ def _pair(
     )
 
 
+def native_coral(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div."""
+
+    def coral(
+        x: Tensor,  # (B, n, d), features side by side
+        y: Tensor,  # (B, m, d), features side by side
+        labels: Tensor | None,  # (B, n) int64, contiguous
+        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
+        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+        loss: Tensor,  # (B,)
+        grad_x: Tensor | None,  # (B, n, d) contiguous
+        grad_y: Tensor | None,  # (B, m, d) contiguous
+    ) -> None:
+        run(where(x), *_pair(x, y, labels, x_weights, y_weights), loss, grad_x, grad_y)
+
+    return coral
+
+
 def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
     """As native_kl_div."""
 
@@ -748,6 +766,7 @@ TRITON = (
 )
 # What the native module has for the CPU alone.
 NATIVE_CPU = {
+    "coral": native_coral,
     "gaussian": native_gaussian,
     "masked_feature_loss": native_masked_feature_loss,
     "mmd": native_mmd,

@@ -315,6 +315,30 @@ GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, i
   return params;
 }
 
+CoralParams coral_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
+                         int64_t features, int64_t x_problem_stride, int64_t x_stride,
+                         int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
+                         Address labels, Address x_weights, Address y_weights, Address loss,
+                         Address grad_x, Address grad_y) {
+  return {x,
+          y,
+          labels,
+          x_weights,
+          y_weights,
+          loss,
+          grad_x,
+          grad_y,
+          problems,
+          x_samples,
+          y_samples,
+          features,
+          x_problem_stride,
+          x_stride,
+          y_problem_stride,
+          y_stride,
+          static_cast<DType>(dtype)};
+}
+
 MmdParams mmd_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
                      int64_t features, int64_t x_problem_stride, int64_t x_stride,
                      int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
@@ -458,6 +482,7 @@ void bind_cuda(py::module_& m, const char* name, Params (*make)(Args...),
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
+  bind_cpu(m, "cpu_coral", coral_params, cpu::coral);
   bind_cpu(m, "cpu_gaussian", gaussian_params, cpu::gaussian);
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);

@@ -127,6 +127,19 @@ def test_equal_batches_are_exactly_zero(name, backend, dtype, shape):
         assert loss.abs() <= allowed and of_x.abs().max() <= allowed and of_y.abs().max() <= allowed
 
 
+@pytest.mark.parametrize(("name", "backend"), [c for c in GRID if c[0] in ("gaussian_wasserstein", "coral")])
+def test_float16_gradients_meet_a_loss_scale_before_they_are_rounded(name, backend):
+    small, scale = (2**-7, 2**24) if name == "coral" else (2**-12, 2**16)
+    upstream = torch.tensor(float(scale))
+    x, y = (small * z for z in features(256, 6, dtype=torch.float16, backend=backend))
+    _, *got = gradients(ready(name, backend, weighted=False), x, y, upstream=upstream)
+    truth = ready(name, "reference", weighted=False)
+    _, *exact = gradients(truth, x.double(), y.double(), upstream=upstream)
+    for g, true in zip(got, exact):
+        assert true.abs().max() / scale < 2**-17  # where rounding would be 1 % of it
+        assert (g.double() - true).norm() < 1e-3 * true.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 7), (12, 30)], ids=["n > d", "n < d"])
 @pytest.mark.parametrize(

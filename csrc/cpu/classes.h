@@ -41,4 +41,31 @@ inline Classes classes_of(const int64_t* labels, int64_t n) {
   return classes;
 }
 
+// A problem, or a class of one.
+struct Job {
+  int64_t problem;
+  const int64_t* rows;  // or null: all
+  int64_t count_x;
+  int64_t count_y;
+};
+
+// All problems, or with labels (problems, x_samples) all their classes, which `classes` keeps.
+inline std::vector<Job> jobs_of(int64_t problems, int64_t x_samples, int64_t y_samples,
+                                const int64_t* labels, std::vector<Classes>& classes) {
+  std::vector<Job> jobs;
+  classes.resize(labels == nullptr ? 0 : problems);
+  for (int64_t p = 0; p < problems; ++p) {
+    if (labels == nullptr) {
+      jobs.push_back({p, nullptr, x_samples, y_samples});
+      continue;
+    }
+    classes[p] = classes_of(labels + p * x_samples, x_samples);
+    for (size_t c = 0; c + 1 < classes[p].starts.size(); ++c) {
+      const int64_t count = classes[p].starts[c + 1] - classes[p].starts[c];
+      jobs.push_back({p, classes[p].rows.data() + classes[p].starts[c], count, count});
+    }
+  }
+  return jobs;
+}
+
 }  // namespace kdkernels::cpu

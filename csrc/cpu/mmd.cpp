@@ -18,6 +18,7 @@
 
 #include "../kdkernels.h"
 #include "classes.h"
+#include "convert.h"
 #include "simd.h"
 #include "tile_product.h"
 
@@ -59,14 +60,6 @@ struct Side {
   S* packed;      // (panels, features, kPanel), 0 beyond count
   S* squares;     // (panels kPanel,) |z|^2
   S* weights;     // (panels kPanel,), adding up to 1
-};
-
-// A problem, or a class of one.
-struct Job {
-  int64_t problem;
-  const int64_t* rows;  // or null: all
-  int64_t count_x;
-  int64_t count_y;
 };
 
 // The kernel of one problem; kDistance is the mean distance's.
@@ -517,13 +510,6 @@ KDK_CLONES void prepare(const MmdParams& p, const double* x, int64_t x_stride, c
   prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
 
-KDK_CLONES void narrow_row(const float* from, int64_t n, float* to) { std::copy_n(from, n, to); }
-KDK_CLONES void narrow_row(const double* from, int64_t n, double* to) { std::copy_n(from, n, to); }
-KDK_CLONES void narrow_row(const float* from, int64_t n, Float16* to) { narrow_block(from, n, to); }
-KDK_CLONES void narrow_row(const float* from, int64_t n, BFloat16* to) {
-  narrow_block(from, n, to);
-}
-
 // body(i, scratch) for i in [0, n), shared out as threads come free.
 template <typename S, typename Body>
 void for_each(int64_t n, int threads, const Body& body) {
@@ -742,19 +728,9 @@ double run_job(const MmdParams& params, const Job& job, int threads,
 template <typename T>
 void run_jobs(const MmdParams& params, int threads) {
   using S = typename Statistics<T>::Type;
-  std::vector<Classes> classes(params.labels == nullptr ? 0 : params.problems);
-  std::vector<Job> jobs;
-  for (int64_t p = 0; p < params.problems; ++p) {
-    if (params.labels == nullptr) {
-      jobs.push_back({p, nullptr, params.x_samples, params.y_samples});
-      continue;
-    }
-    classes[p] = classes_of(params.labels + p * params.x_samples, params.x_samples);
-    for (size_t c = 0; c + 1 < classes[p].starts.size(); ++c) {
-      const int64_t count = classes[p].starts[c + 1] - classes[p].starts[c];
-      jobs.push_back({p, classes[p].rows.data() + classes[p].starts[c], count, count});
-    }
-  }
+  std::vector<Classes> classes;
+  const std::vector<Job> jobs =
+      jobs_of(params.problems, params.x_samples, params.y_samples, params.labels, classes);
   // Large problems one after the other, each on all threads; small ones beside one another.
   const auto work = [&](const Job& job) {
     const double count = static_cast<double>(job.count_x + job.count_y);

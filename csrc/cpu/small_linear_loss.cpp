@@ -12,20 +12,17 @@
 #include <atomic>
 
 #include "../kdkernels.h"
+#include "convert.h"
 #include "logit_rows.h"
 #include "parallel.h"
+#include "product.h"
 #include "tile_product.h"
 
 namespace kdkernels::cpu {
 namespace {
 
-// Columns that buffers are filled up to a multiple of, and classes that are packed, or whose
-// gradients are summed, at once.
-constexpr int64_t kColumns = 16;
-// Multiplications that take about 20 us, and so are worth another thread.
-constexpr int64_t kWorkPerThread = 1 << 20;
-
-int64_t padded(int64_t n) { return (n + kColumns - 1) / kColumns * kColumns; }
+// Classes that are packed, or whose gradients are summed, at once.
+constexpr int64_t kBlock = kProductColumns;
 
 template <typename S>
 struct Matrix {
@@ -55,121 +52,48 @@ struct Work {
 template <typename S>
 constexpr DType kOwn = sizeof(S) == 4 ? DType::kFloat32 : DType::kFloat64;
 
-template <typename S, typename T>
-KDK_INLINE void widen_row(const void* from, int64_t begin, int64_t n, S* to) {
-  const T* x = static_cast<const T*>(from) + begin;
-  const S* row = widen_block(x, n, to);
-  if (row != to) std::memcpy(to, row, sizeof(S) * static_cast<size_t>(n));
-}
-
-KDK_CLONES void widen_any(DType dtype, const void* from, int64_t begin, int64_t n, float* to) {
-  if (dtype == DType::kFloat32) return widen_row<float, float>(from, begin, n, to);
-  if (dtype == DType::kFloat16) return widen_row<float, Float16>(from, begin, n, to);
-  widen_row<float, BFloat16>(from, begin, n, to);
+void widen_any(DType dtype, const void* from, int64_t begin, int64_t n, float* to) {
+  if (dtype == DType::kFloat32) return widen_row(static_cast<const float*>(from) + begin, n, to);
+  if (dtype == DType::kFloat16) return widen_row(static_cast<const Float16*>(from) + begin, n, to);
+  widen_row(static_cast<const BFloat16*>(from) + begin, n, to);
 }
 
 void widen_any(DType, const void* from, int64_t begin, int64_t n, double* to) {
-  widen_row<double, double>(from, begin, n, to);
+  widen_row(static_cast<const double*>(from) + begin, n, to);
 }
 
-template <typename S, typename T>
-KDK_INLINE void narrow_row(const S* from, int64_t n, void* to, int64_t begin) {
-  T* x = static_cast<T*>(to) + begin;
-  if constexpr (std::is_same<S, T>::value) {
-    std::memcpy(x, from, sizeof(S) * static_cast<size_t>(n));
-  } else {
-    narrow_block(from, n, x);
-  }
-}
-
-KDK_CLONES void narrow_any(DType dtype, const float* from, int64_t n, void* to, int64_t begin) {
-  if (dtype == DType::kFloat32) return narrow_row<float, float>(from, n, to, begin);
-  if (dtype == DType::kFloat16) return narrow_row<float, Float16>(from, n, to, begin);
-  narrow_row<float, BFloat16>(from, n, to, begin);
+void narrow_any(DType dtype, const float* from, int64_t n, void* to, int64_t begin) {
+  if (dtype == DType::kFloat32) return narrow_row(from, n, static_cast<float*>(to) + begin);
+  if (dtype == DType::kFloat16) return narrow_row(from, n, static_cast<Float16*>(to) + begin);
+  narrow_row(from, n, static_cast<BFloat16*>(to) + begin);
 }
 
 void narrow_any(DType, const double* from, int64_t n, void* to, int64_t begin) {
-  narrow_row<double, double>(from, n, to, begin);
+  narrow_row(from, n, static_cast<double*>(to) + begin);
 }
 
-// c (rows, columns) = a b, columns a multiple of a register's.
-template <typename S, int kBytes, int kRows, int kVectors>
-KDK_INLINE void product_columns(int64_t rows, int64_t depth, const S* a, int64_t a_row,
-                                int64_t a_step, const S* b, int64_t b_stride, S* c,
-                                int64_t c_stride) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    multiply<S, kBytes, kRows, kVectors>(a + r * a_row, a_row, a_step, b, b_stride, depth, false,
-                                         c + r * c_stride, c_stride);
-  }
-  for (; r < rows; ++r) {
-    multiply<S, kBytes, 1, kVectors>(a + r * a_row, a_row, a_step, b, b_stride, depth, false,
-                                     c + r * c_stride, c_stride);
-  }
-}
-
-template <typename S, int kBytes, int kRows>
-KDK_INLINE void product(int64_t rows, int64_t columns, int64_t depth, const S* a, int64_t a_row,
-                        int64_t a_step, const S* b, int64_t b_stride, S* c, int64_t c_stride) {
-  constexpr int64_t kCount = Lanes<S, kBytes>::kCount;
-  for (int64_t j = 0; j < columns;) {
-    const int64_t left = (columns - j) / kCount;
-    if (left == 1) {
-      product_columns<S, kBytes, kRows, 1>(rows, depth, a, a_row, a_step, b + j, b_stride, c + j,
-                                           c_stride);
-      j += kCount;
-    } else if (left == 2 || left == 4) {
-      product_columns<S, kBytes, kRows, 2>(rows, depth, a, a_row, a_step, b + j, b_stride, c + j,
-                                           c_stride);
-      j += 2 * kCount;
-    } else {
-      product_columns<S, kBytes, kRows, 3>(rows, depth, a, a_row, a_step, b + j, b_stride, c + j,
-                                           c_stride);
-      j += 3 * kCount;
-    }
-  }
-}
-
-// The same into a gradient of any type.
-template <typename S, int kBytes, int kRows>
-KDK_INLINE void gradient_rows(const Side<S>& side, void* to, int64_t begin, int64_t end,
-                              int64_t depth, const S* a, int64_t a_row, int64_t a_step,
-                              const Matrix<S>& b, Buffer<S>& room) {
+// A product into a gradient of any type.
+template <typename S>
+void gradient_rows(const Side<S>& side, void* to, int64_t begin, int64_t end, int64_t depth,
+                   const S* a, int64_t a_row, int64_t a_step, const Matrix<S>& b, Buffer<S>& room) {
   const int64_t features = side.given->features, width = side.width;
   if (side.given->grad_dtype == kOwn<S> && width == features) {
-    product<S, kBytes, kRows>(end - begin, width, depth, a, a_row, a_step, b.values, b.stride,
-                              static_cast<S*>(to) + begin * features, features);
+    product(end - begin, width, depth, a, a_row, a_step, b.values, b.stride,
+            static_cast<S*>(to) + begin * features, features);
     return;
   }
   S* result = room.reserve((end - begin) * width);
-  product<S, kBytes, kRows>(end - begin, width, depth, a, a_row, a_step, b.values, b.stride, result,
-                            width);
+  product(end - begin, width, depth, a, a_row, a_step, b.values, b.stride, result, width);
   for (int64_t r = begin; r < end; ++r) {
     narrow_any(side.given->grad_dtype, result + (r - begin) * width, features, to, r * features);
   }
 }
 
-// packed[k][first .. first + kColumns) = weight[first ..][k], 0 beyond the classes.
 template <typename S>
-KDK_INLINE void pack(const Work<S>& work, const Side<S>& side, int64_t first) {
-  const S* rows[kColumns];
-  const int64_t there = std::min(kColumns, work.classes - first);
-  for (int64_t i = 0; i < kColumns; ++i) {
-    rows[i] = side.weight.row(first + std::min(i, there - 1));
-  }
-  for (int64_t k = 0; k < side.given->features; ++k) {
-    S* to = side.packed + k * work.width + first;
-    for (int64_t i = 0; i < kColumns; ++i) to[i] = rows[i][k];
-    for (int64_t i = there; i < kColumns; ++i) to[i] = S(0);
-  }
-}
-
-template <typename S, int kBytes, int kRows>
-KDK_INLINE void logits_of_rows(const Work<S>& work, const Side<S>& side, int64_t begin,
-                               int64_t end) {
+void logits_of_rows(const Work<S>& work, const Side<S>& side, int64_t begin, int64_t end) {
   S* logits = side.logits + begin * work.width;
-  product<S, kBytes, kRows>(end - begin, work.width, side.given->features, side.x.row(begin),
-                            side.x.stride, 1, side.packed, work.width, logits, work.width);
+  product(end - begin, work.width, side.given->features, side.x.row(begin), side.x.stride, 1,
+          side.packed, work.width, logits, work.width);
   if (side.bias == nullptr) return;
   for (int64_t r = begin; r < end; ++r, logits += work.width) {
 #pragma omp simd
@@ -177,53 +101,10 @@ KDK_INLINE void logits_of_rows(const Work<S>& work, const Side<S>& side, int64_t
   }
 }
 
-// What a task does with its isa's registers: pack a block of classes, rows' logits, rows' gradients
-// of features, a block of classes' gradients of the head.
-enum class Step { kPack, kLogits, kRows, kClasses };
-
-template <typename S, int kBytes, int kRows>
-KDK_INLINE void run_step(Step step, const Work<S>& work, const Side<S>& side, int64_t begin,
-                         int64_t end, Buffer<S>& room) {
-  if (step == Step::kPack) return pack(work, side, begin);
-  if (step == Step::kLogits) {
-    return logits_of_rows<S, kBytes, kRows>(work, side, begin, end);
-  }
-  if (step == Step::kRows) {
-    return gradient_rows<S, kBytes, kRows>(side, side.given->grad_x, begin, end, work.classes,
-                                           side.grad + begin * work.width, work.width, 1,
-                                           side.weight, room);
-  }
-  gradient_rows<S, kBytes, kRows>(side, side.given->grad_weight, begin, end, work.rows,
-                                  side.grad + begin, 1, work.width, side.x, room);
-}
-
-#ifdef KDK_ISAS
-#define KDK_STEP(name, attribute, S, bytes, rows)                                         \
-  attribute void name(Step step, const Work<S>& work, const Side<S>& side, int64_t begin, \
-                      int64_t end, Buffer<S>& room) {                                     \
-    run_step<S, bytes, rows>(step, work, side, begin, end, room);                         \
-  }
-KDK_STEP(step_v4, KDK_V4, float, 64, 8)
-KDK_STEP(step_v4, KDK_V4, double, 64, 8)
-KDK_STEP(step_v3, KDK_V3, float, 32, 4)
-KDK_STEP(step_v3, KDK_V3, double, 32, 4)
-#undef KDK_STEP
-#endif
-
-template <typename S>
-void any_step(Step step, const Work<S>& work, const Side<S>& side, int64_t begin, int64_t end,
-              Buffer<S>& room) {
-#ifdef KDK_ISAS
-  if (isa() == 4) return step_v4(step, work, side, begin, end, room);
-  if (isa() == 3) return step_v3(step, work, side, begin, end, room);
-#endif
-  run_step<S, 16, 4>(step, work, side, begin, end, room);
-}
-
 // dbias = the sum of the logits' gradients over the rows.
 template <typename S>
 void sum_rows(const Work<S>& work, const Side<S>& side, int64_t begin, int64_t end) {
-  double sums[kColumns] = {};
+  double sums[kBlock] = {};
   const int64_t n = end - begin;
   for (int64_t r = 0; r < work.rows; ++r) {
     const S* row = side.grad + r * work.width + begin;
@@ -237,7 +118,7 @@ void sum_rows(const Work<S>& work, const Side<S>& side, int64_t begin, int64_t e
 template <typename S>
 void prepare(const Work<S>& work, const LinearSide& given, bool graded, Side<S>& side) {
   side.given = &given;
-  side.width = padded(given.features);
+  side.width = product_width(given.features);
   const bool own = given.dtype == kOwn<S>, whole = side.width == given.features;
   const auto reserve = [&](int i, bool wanted, int64_t n) {
     return wanted ? side.memory[i].reserve(n) : nullptr;
@@ -272,7 +153,7 @@ void run(const SmallLinearLossParams& params, int threads) {
   Work<S> work;
   work.rows = params.losses[0].rows;
   work.classes = params.losses[0].classes;
-  work.width = padded(work.classes);
+  work.width = product_width(work.classes);
   work.count = params.sides[1].x == nullptr ? 1 : 2;
   bool graded[2] = {};
   LogitLossParams losses[2] = {params.losses[0], params.losses[1]};
@@ -298,9 +179,9 @@ void run(const SmallLinearLossParams& params, int threads) {
                                   wanted[1] ? rows_of_logits(losses[1]) : nullptr};
 
   const int64_t work_of_row = 2 * features * work.classes;
-  const int64_t blocks = (work.classes + kColumns - 1) / kColumns;
+  const int64_t blocks = (work.classes + kBlock - 1) / kBlock;
   // Threads as the products are worth them, in every step.
-  const int64_t useful = std::max<int64_t>(1, work.rows * work_of_row / kWorkPerThread);
+  const int64_t useful = std::max<int64_t>(1, work.rows * work_of_row / kProductPerThread);
   threads = static_cast<int>(std::min<int64_t>(threads, useful));
   const auto shared_out = [&](int64_t n, const auto& body) {
     for_each_run_of_rows(n, 1, threads, body, 1);
@@ -311,13 +192,14 @@ void run(const SmallLinearLossParams& params, int threads) {
     for (int64_t i = begin; i < end; ++i) {
       const Side<S>& side = work.sides[i / blocks];
       const LinearSide& given = *side.given;
-      const int64_t first = i % blocks * kColumns;
-      const int64_t last = std::min(first + kColumns, work.classes);
+      const int64_t first = i % blocks * kBlock;
+      const int64_t last = std::min(first + kBlock, work.classes);
       if (side.weight_copy != nullptr) {
         copy_rows(given, given.weight, given.weight_stride, first, last, side.width,
                   side.weight_copy);
       }
-      any_step(Step::kPack, work, side, first, last, room);
+      transpose(side.weight.row(first), side.weight.stride, last - first, kBlock, given.features,
+                side.packed + first, work.width);
     }
   });
 
@@ -330,7 +212,7 @@ void run(const SmallLinearLossParams& params, int threads) {
       if (side.x_copy != nullptr) {
         copy_rows(given, given.x, given.x_stride, begin, end, side.width, side.x_copy);
       }
-      any_step(Step::kLogits, work, side, begin, end, room);
+      logits_of_rows(work, side, begin, end);
     }
     for (int i = 0; i < 2; ++i) {
       if (!wanted[i]) continue;
@@ -339,7 +221,9 @@ void run(const SmallLinearLossParams& params, int threads) {
     }
     for (int i = 0; i < work.count; ++i) {
       if (params.sides[i].grad_x != nullptr) {
-        any_step(Step::kRows, work, work.sides[i], begin, end, room);
+        const Side<S>& side = work.sides[i];
+        gradient_rows(side, side.given->grad_x, begin, end, work.classes,
+                      side.grad + begin * work.width, work.width, 1, side.weight, room);
       }
     }
   });
@@ -351,10 +235,11 @@ void run(const SmallLinearLossParams& params, int threads) {
     shared_out(blocks, [&](int64_t begin, int64_t end) {
       Buffer<S> room;
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kColumns;
-        const int64_t last = std::min(first + kColumns, work.classes);
+        const int64_t first = block * kBlock;
+        const int64_t last = std::min(first + kBlock, work.classes);
         if (side.given->grad_weight != nullptr) {
-          any_step(Step::kClasses, work, side, first, last, room);
+          gradient_rows(side, side.given->grad_weight, first, last, work.rows, side.grad + first, 1,
+                        work.width, side.x, room);
         }
         if (side.given->grad_bias != nullptr) sum_rows(work, side, first, last);
       }

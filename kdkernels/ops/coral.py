@@ -35,6 +35,7 @@ from kdkernels.ops.features import (
     square_root,
 )
 from kdkernels.ops.gaussian import equal_rows
+from kdkernels.ops.native_distance import native_distance
 
 
 def coral_reference(
@@ -144,6 +145,15 @@ class _Coral(torch.autograd.Function):
         return (*found, None, None)
 
 
+def _by_position(
+    x: Tensor, y: Tensor, x_weights: Tensor | None, y_weights: Tensor | None, labels: Tensor | None
+) -> Tensor:
+    return coral_reference(x, y, x_weights=x_weights, y_weights=y_weights, labels=labels)
+
+
+_native = native_distance("coral", "", _by_position)
+
+
 def coral(
     x: Tensor,
     y: Tensor,
@@ -165,7 +175,7 @@ def coral(
             has gradient 0). Values are checked on the CPU only.
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the **sum** over the
             classes present of each class's distance. (A GPU is waited for, to know the classes' sizes.)
-        backend: "reference" or None.
+        backend: "reference" or "cpu"; None takes the best that there is. A named one is obeyed or raises.
 
     A side with fewer than two samples of weight > 0 has no covariance: that problem, or class, adds 0.
 
@@ -179,10 +189,12 @@ def coral(
     Second derivatives are right.
     """
     check_features(x, y)
-    resolve(backend, x, "x", has=("reference",))
+    chosen = resolve(backend, x, "x", has=("reference", "cpu"))
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     labels = check_class_labels(labels, x, y)
+    if chosen != "reference":
+        return _native(x, y, x_weights, y_weights, labels, (), chosen)
     if backend == "reference" or any(w is not None and w.requires_grad for w in (x_weights, y_weights)):
         return coral_reference(x, y, x_weights=x_weights, y_weights=y_weights, labels=labels)
     if labels is None:

@@ -30,11 +30,11 @@ def native_distance(
         distance(x, y, x_weights, y_weights, labels, options, backend) -> (...,)
 
     of x (..., n, d) and y (..., m, d). `arguments` are the options in the ops' schema; `reference` takes x, y,
-    x_weights, y_weights, labels and the options.
+    x_weights, y_weights, labels and the options, of which there may be none.
     """
     inputs = (
         "Tensor x, Tensor y, Tensor? labels, Tensor? x_weights, Tensor? y_weights, "
-        f"{arguments}, bool[] needs, str backend"
+        f"{arguments}{', ' if arguments else ''}bool[] needs, str backend"
     )
     # The problems' distances, then the gradients by x and y where `needs` asks for them; the second gives those alone.
     for with_loss in (True, False):
@@ -83,15 +83,19 @@ class Native(NamedTuple):
 
 
 def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    # float16 has no range for a gradient that is still to meet its upstream gradient.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return [
         torch.empty(x.shape[0], dtype=statistics_dtype(x.dtype), device=x.device),
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(y, memory_format=torch.contiguous_format) if needs[1] else None,
+        torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None,
+        torch.empty(y.shape, dtype=dtype, device=x.device) if needs[1] else None,
     ]
 
 
 def _body(name: str, with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:
     outputs = _outputs(x, y, arguments[-2])
+    if x.dtype == torch.float16 and arguments[-1] == "cpu" and any(arguments[-2]):
+        x, y = x.float(), y.float()  # that kernel's gradients have its samples' dtype
     if x.shape[0]:
         launcher(arguments[-1], name)(x, y, *arguments[:-2], *outputs)
     return [output for output in outputs[0 if with_loss else 1 :] if output is not None]
@@ -170,6 +174,6 @@ class _Distance(torch.autograd.Function):
         upstream = grad_output if grad_output.dim() < 2 else grad_output.reshape(-1)
         for gradient in gradients:
             scale_rows_(gradient, upstream, backend)
-        of_x = gradients[0].view(x.shape) if needs[0] else None
-        of_y = gradients[-1].view(y.shape) if needs[1] else None
+        of_x = gradients[0].view(x.shape).to(x.dtype) if needs[0] else None
+        of_y = gradients[-1].view(y.shape).to(y.dtype) if needs[1] else None
         return of_x, of_y, None, None, None, None, None, None
