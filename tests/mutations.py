@@ -43,6 +43,7 @@ STATISTICS, SHARED = "kdkernels/ops/teacher_statistics.py", "kdkernels/ops/share
 CPU_GAUSSIAN, CPU_SLICED = "csrc/cpu/gaussian.cpp", "csrc/cpu/sliced_wasserstein.cpp"
 CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
 OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
+CPU_CORAL, SMALL = "csrc/cpu/coral.cpp", "csrc/cpu/small_linear_loss.cpp"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
 OP_NATIVE = "kdkernels/ops/native_distance.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
@@ -204,6 +205,15 @@ MUTATIONS = [
     Mutation("cpu family: read again after the store", CPU_FAMILY, "return !is_half && params.grad_input != params.input;", "return !is_half;", family("cpu", "take_the_place")),
     Mutation("cpu family: gradient of a constant row", CPU_FAMILY, "const double flat = spread && s_spread.flat() ? 0 : 1;", "const double flat = 1;", family("cpu", "constant")),
     Mutation("cpu family: terms not written", CPU_FAMILY, "if (terms_out != nullptr) {", "if (false) {", family("cpu", "statistics")),
+    Mutation("small linear: bias ignored", SMALL, "if (side.bias == nullptr) return;", "return;", linear("", "native_call")),
+    Mutation("small linear: last class not packed", SMALL, "side.weight.stride, last - first, kBlock", "side.weight.stride, last - first - (last == work.classes), kBlock", linear("", "native_call")),
+    Mutation("small linear: a row short in the head's gradient", SMALL, "first, last, work.rows, side.grad + first", "first, last, work.rows - 1, side.grad + first", linear("", "native_call")),
+    Mutation("small linear: sign of the bias's gradient", SMALL, "sums[i] += row[i]", "sums[i] -= row[i]", linear("", "native_call")),
+    Mutation("small linear: wrong labels unnoticed", SMALL, "if (wrong >= 0) refuse_label", "if (false) refuse_label", linear("", "no_class")),
+    Mutation("small linear: rows shared by the threads' number", SMALL, "side.grad + begin * work.width, work.width, 1, side.weight", "side.grad, work.width, 1, side.weight", linear("", "native_call")),
+    Mutation("small linear: later features over the first", "csrc/cpu/product.cpp", "k > 0", "false", linear("", "native_call")),
+    Mutation("small linear: rows that fill no register left out", "csrc/cpu/product.cpp", "for (; r < rows; ++r)", "for (; r < 0; ++r)", linear("", "native_call")),
+    Mutation("small linear: sides not exchanged for the teacher", LINEAR, "spec.exchanged() if other else spec", "spec", linear("cpu", "every_loss")),
     Mutation("linear: zero gradient of the head", LINEAR, "if scaled else grad, x, first)", "if scaled else 0 * grad, x, first)", linear("cpu", "every_loss")),
     Mutation("linear: sign of the head's gradient", LINEAR, "if scaled else grad, x, first)", "if scaled else -grad, x, first)", linear("cpu", "every_loss")),
     Mutation("linear: zero gradient of the features", LINEAR, "if scaled else features)", "if scaled else 0 * features)", linear("cpu", "every_loss")),
@@ -309,6 +319,15 @@ MUTATIONS = [
     Mutation("bures: equal is 1e-14", OP_GAUSSIAN, "[..., None, None], 0, of_a)", "[..., None, None], of_a, of_a)", distance("features", "exactly_zero and full")),
     Mutation("kl: no shrinkage of the trace", OP_GAUSSIAN, "shrinkage * v.mean(-1, keepdim=True) + eps", "eps", distance("gaussian", "shrinkage")),
     Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
+    Mutation("coral cpu: sign of y's gradient", CPU_CORAL, "s == 0 ? 1 : -1;", "1;", distance("features", "coral and cpu")),
+    Mutation("coral cpu: sign of y's gradient with n < d", CPU_CORAL, "s == 0 ? across + f : f - across", "across + f", distance("features", "coral and cpu")),
+    Mutation("coral cpu: zero gradient", CPU_CORAL, "const S scale = static_cast<S>(factor *", "const S scale = static_cast<S>(0 * factor *", distance("features", "coral and cpu")),
+    Mutation("coral cpu: ddof 0", CPU_CORAL, "1 - squares / (total * total)", "1.0 + 0 * squares", distance("coral", "formula")),
+    Mutation("coral cpu: not centred", CPU_CORAL, "((x[j] - origin[s][j]) - mean[s][j])", "(x[j] - origin[s][j])", distance("coral", "formula")),
+    Mutation("coral cpu: samples without weight counted", CPU_CORAL, "if (weight == 0) continue;", "", distance("features", "coral and cpu")),
+    Mutation("coral cpu: last columns not centred", CPU_CORAL, "share_out(d, kColumns, threads,", "share_out(d - 1, kColumns, threads,", distance("coral", "formula")),
+    Mutation("coral cpu: unsymmetric", CPU_CORAL, "S(0.5) * (cross[i * stride + j] + cross[j * stride + i])", "cross[i * stride + j]", distance("coral", "formula")),
+    Mutation("distances: float16's gradients rounded before a loss scale", OP_NATIVE, "of_x = gradients[0].view(x.shape).to(x.dtype)", "of_x = gradients[0].div_(upstream).to(x.dtype).mul_(upstream).view(x.shape)", distance("features", "loss_scale")),
     Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
     Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
     Mutation("mmd cpu: zero gradient", CPU_MMD, "4 * weight * (sum * z[j] - to[j])", "0 * weight * (sum * z[j] - to[j])", distance("mmd", "definition")),

@@ -44,3 +44,17 @@ def test_one_sample_has_no_covariance():
     x, y = features(1, 5, m=4)
     loss, *got = gradients(coral, x, y)
     assert loss == 0 and all((g == 0).all() for g in got)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 40), (60, 200)], ids=["n > d", "n < d"])
+def test_whatever_the_threads(n, d):
+    x, y = (z.float() for z in features(n, d, m=n - 7))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradients(coral, x, y))
+    finally:
+        torch.set_num_threads(threads)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0]))

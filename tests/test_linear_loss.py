@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from testing import assert_near, assert_not_vacuous, leaves, run, three, to
 from torch import Tensor
 
 import kdkernels
+import kdkernels.ops.linear_loss as linear_module
 from kdkernels import distillation_loss, kl_div, linear_distillation_loss, linear_kl_div, topk_kl_div
 from kdkernels.ops import projection
 from kdkernels.ops.distillation_loss import SOFT
@@ -111,7 +113,15 @@ def of_products(**arguments: Any) -> Tensor:
     return of_logits(raw_logits("student", arguments), raw_logits("teacher", arguments), arguments)
 
 
-def check(
+def check(backend: str, arguments: dict[str, Any], **rest: Any) -> None:
+    """Loss and gradients against the float64 reference, under a random upstream gradient."""
+    check_once(backend, arguments, **rest)
+    if backend == "cpu":  # and in chunks what one native call takes
+        with mock.patch.object(linear_module, "_is_small", lambda call: False):
+            check_once(backend, arguments, **rest)
+
+
+def check_once(
     backend: str,
     arguments: dict[str, Any],
     *,
@@ -121,7 +131,6 @@ def check(
     wanted: tuple[str, ...] = NAMES,
     chunks: int = 1,
 ) -> None:
-    """Loss and gradients against the float64 reference, under a random upstream gradient."""
     truth, reference, got, upstream = three(function, backend, arguments, wanted=wanted)
     double = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()
@@ -637,6 +646,43 @@ def test_what_is_frozen_costs_no_product(products, wanted, expected):
         assert products.taken() == (0, 0, 0)  # the forward had them
         loss.backward()
         assert products.taken() == tuple(chunks * x for x in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "classes", "widths"),
+    [(1, 1, (1, 1)), (9, 17, (520, 1030)), (37, 100, (64, 48)), (70, 49, (17, 32))],
+)
+def test_one_native_call(products, rows, classes, widths, dtype):
+    """Sizes that do not fill the registers and blocks of the kernel, and that do."""
+    _ready("cpu", {"dtype": dtype})
+    arguments = batch((rows,), classes, widths, dtype, temperature=2.0, **HARD)
+    check_once("cpu", arguments, vacuous=classes == 1)
+    assert products.taken() == (0, 0, 0)
+
+
+def test_one_native_call_whatever_the_threads(products):
+    arguments = batch((70,), 100, (128, 64), temperature=2.0, **HARD)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(partial(linear_distillation_loss, backend="cpu"), arguments, torch.tensor(1.0)))
+    finally:
+        torch.set_num_threads(threads)
+    assert products.taken() == (0, 0, 0)
+    for loss, gradients in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert gradients.keys() == found[0][1].keys()
+        assert all(torch.equal(g, found[0][1][name]) for name, g in gradients.items())
+
+
+def test_one_native_call_refuses_a_label_that_is_no_class(products):
+    arguments = batch((5,), 17, **HARD)
+    arguments["labels"][3] = 17
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 17\) where they count, got 17"):
+        linear_distillation_loss(**arguments, backend="cpu")
+    assert products.taken() == (0, 0, 0)
 
 
 def test_no_gradient_no_product(products):
