@@ -17,7 +17,7 @@ from kdkernels.ops.rows import (
     Range,
     Temperature,
     as_matrix,
-    as_vector,
+    as_vectors,
     check_logits,
     check_mask,
     check_reduction,
@@ -85,7 +85,8 @@ def kd_statistics(
         mask = check_mask(mask, student)
     spec = Spec(STATISTICS, standardize=standardize)
     with torch.no_grad():
-        scale, value = scale_of_rows(None, as_vector(mask), reduction, rows.numel(), dtype)
+        [each] = as_vectors(mask)
+        scale, value = scale_of_rows(None, each, reduction, rows.numel(), dtype)
         if backend == "reference":
             student = student.narrow(-1, start, classes).to(dtype)
             teacher = teacher.narrow(-1, teacher_start, classes).to(dtype)
@@ -96,7 +97,7 @@ def kd_statistics(
                 found = torch.where(mask, found, 0)
             found = found.reshape(5, -1) * (value if scale is None else scale)
         else:
-            temperatures = split_temperatures(as_vector(temperature), as_vector(teacher_temperature))
+            temperatures = split_temperatures(*as_vectors(temperature, teacher_temperature))
             kl, terms = run_logit_loss(
                 True,
                 as_matrix(student),
@@ -105,7 +106,7 @@ def kd_statistics(
                 *temperatures,
                 scale,
                 value,
-                as_vector(mask),
+                each,
                 *spec,
                 *ranges,
                 True,

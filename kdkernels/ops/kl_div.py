@@ -38,7 +38,7 @@ from kdkernels.ops.rows import (
     Range,
     Temperature,
     as_matrix,
-    as_vector,
+    as_vectors,
     check_mask,
     check_reduction,
     check_temperatures,
@@ -332,11 +332,12 @@ def kl_div(
         )
 
     input, target = as_matrix(student), as_matrix(teacher)
-    input_temperature, target_temperature = as_vector(temperature), as_vector(teacher_temperature)
+    input_temperature, target_temperature, weights, mask = as_vectors(
+        temperature, teacher_temperature, weights, mask
+    )
     if reverse:
         input, target = target, input
         input_temperature, target_temperature = target_temperature, input_temperature
-    weights, mask = as_vector(weights), as_vector(mask)
 
     if torch.is_grad_enabled() and (
         input.requires_grad

@@ -53,7 +53,7 @@ from kdkernels.ops.rows import (
     Range,
     Temperature,
     as_matrix,
-    as_vector,
+    as_vectors,
     check_labels,
     check_mask,
     check_number,
@@ -1082,8 +1082,10 @@ def linear_loss(
             None if teacher_weight is None else as_matrix(teacher_weight),
             teacher_bias,
         )
-        numbers = (as_vector(temperature), as_vector(teacher_temperature), scale, teacher_scale)
-        labels, mask, weights = as_vector(labels), as_vector(mask), as_vector(weights)
+        temperature, teacher_temperature, labels, mask, weights = as_vectors(
+            temperature, teacher_temperature, labels, mask, weights
+        )
+        numbers = (temperature, teacher_temperature, scale, teacher_scale)
         indices = None if indices is None else as_matrix(indices)
         terms: Tensor | None
         if torch.is_grad_enabled() and any(

@@ -44,7 +44,7 @@ from kdkernels.ops.rows import (
     Range,
     Temperature,
     as_matrix,
-    as_vector,
+    as_vectors,
     check_labels,
     check_logits,
     check_mask,
@@ -433,8 +433,9 @@ def logit_loss(
 
     input = as_matrix(student)
     target = None if teacher is None or not spec.reads_target else as_matrix(teacher)
-    temperature, teacher_temperature = as_vector(temperature), as_vector(teacher_temperature)
-    labels, mask, weights = as_vector(labels), as_vector(mask), as_vector(weights)
+    temperature, teacher_temperature, labels, mask, weights = as_vectors(
+        temperature, teacher_temperature, labels, mask, weights
+    )
     terms: Tensor | None
     if torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad

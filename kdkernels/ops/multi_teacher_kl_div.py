@@ -32,7 +32,7 @@ from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unob
 from kdkernels.ops.kl_div import kl_div_reference, run_kl_div
 from kdkernels.ops.rows import (
     as_matrix,
-    as_vector,
+    as_vectors,
     check_mask,
     check_reduction,
     check_student,
@@ -322,7 +322,7 @@ def multi_teacher_kl_div(
         )
 
     input, targets = as_matrix(student), [as_matrix(teacher) for teacher in teachers]
-    mask, row_weights = as_vector(mask), as_vector(row_weights)
+    mask, row_weights = as_vectors(mask, row_weights)
     temperature, weight, teacher_mask = (
         x if x is None else x.reshape(count, -1) for x in (temperature, weight, teacher_mask)
     )

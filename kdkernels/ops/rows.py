@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -195,6 +196,8 @@ def check_temperatures(
     temperature: Any, teacher_temperature: Any, student: Tensor, dtype: torch.dtype
 ) -> tuple[Temperature, Temperature]:
     """The student's and the teacher's, which is the same unless it is given."""
+    if teacher_temperature is None and type(temperature) is float and 0 < temperature < math.inf:
+        return temperature, temperature
     temperature = check_temperature(temperature, "temperature", student, dtype)
     if teacher_temperature is None:
         return temperature, temperature
@@ -246,8 +249,8 @@ def as_matrix(
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def as_vector(value: Any) -> Any:  # rows -> (M,) contiguous; anything that is no tensor as it is
-    return value.reshape(-1).contiguous() if isinstance(value, Tensor) else value
+def as_vectors(*values: Any) -> Sequence[Any]:  # rows -> (M,) contiguous; anything that is no tensor as it is
+    return [x.reshape(-1).contiguous() if isinstance(x, Tensor) else x for x in values]
 
 
 def scale_of_rows(

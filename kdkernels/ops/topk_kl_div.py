@@ -41,7 +41,7 @@ from kdkernels.ops.rows import (
     Range,
     Temperature,
     as_matrix,
-    as_vector,
+    as_vectors,
     check_mask,
     check_range,
     check_reduction,
@@ -361,7 +361,7 @@ def topk_kl_div(
     k = teacher_indices.shape[-1]
     log_probs = teacher_log_probs.to(dtype).reshape(-1, k).contiguous()
     indices = teacher_indices.long().reshape(-1, k).contiguous()
-    temperature, weights, mask = as_vector(temperature), as_vector(weights), as_vector(mask)
+    temperature, weights, mask = as_vectors(temperature, weights, mask)
     row_scale, scale = scale_of_rows(weights, mask, reduction, input.shape[0], dtype)
     options = (TAILS.index(tail), start, stop)
     if torch.is_grad_enabled() and any(
