@@ -1122,9 +1122,12 @@ def test_many_chunks_of_bfloat16():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("noise", [1e-2, 1e-3])
-def test_near_convergence(dtype, noise):
+@pytest.mark.parametrize("small", [True, False], ids=["one call", "chunks"])
+def test_near_convergence(small, dtype, noise, monkeypatch):
     """Where logits of half precision would cost 5 to 14 % of the gradient."""
     _ready_cpu()
+    if not small:
+        monkeypatch.setattr(linear_module, "_is_small", lambda call: False)
     generator = torch.Generator().manual_seed(0)
     a = batch((16,), 2000, (64, 64), dtype=dtype, temperature=2.0)
     a["student_weight"], a["student_bias"] = a["teacher_weight"].clone(), a["teacher_bias"].clone()
