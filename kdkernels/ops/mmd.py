@@ -244,7 +244,9 @@ def _of_kernel(
     )
 
 
-_native = native_distance("mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel)
+_native = native_distance(
+    "mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel, ("CPU", "CUDA")
+)
 
 
 def _distance(
@@ -259,7 +261,8 @@ def _distance(
     backend: str | None,
 ) -> Tensor:
     check_features(x, y)
-    backend = resolve(backend, x, "x", has=("reference",) if kernel == "linear" else ("reference", "cpu"))
+    has = ("reference",) if kernel == "linear" else ("reference", "cpu", "triton")
+    backend = resolve(backend, x, "x", has=has)
     bandwidths = _check_bandwidths(bandwidths, kernel, x)
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
