@@ -47,19 +47,22 @@ BLOCK_SAMPLES, BLOCK_FEATURES, BLOCK_SHARES = 16, 64, 1024
 
 
 class Tile(NamedTuple):
-    """A program takes block_m rows and block_d of their gradient's features, and walks along the samples by block_n,
-    with inner products over block_k features a step."""
+    """A program takes block_m rows and one of `parts` of their gradient's features, by block_d, and walks along the
+    samples by block_n, with inner products over block_k features a step."""
 
     block_m: int
     block_n: int
     block_k: int
     block_d: int
-    num_warps: int
+    parts: int
 
 
 def tile(problems: int, x_samples: int, y_samples: int, features: int) -> Tile:
-    width = max(16, triton.next_power_of_2(features))
-    return Tile(32, 32, min(width, 32), min(width, 128), 4)
+    """The largest that sm_80, sm_90, sm_100 and gfx942 hold in registers (tests/test_triton_compile.py); features are
+    parted where programs are few: each part forms the inner products again, on multiprocessors that had no work."""
+    block_m = 64 if problems * (x_samples + y_samples) >= 128 * 64 else 32
+    programs = problems * (triton.cdiv(x_samples, block_m) + triton.cdiv(y_samples, block_m))
+    return Tile(block_m, 32, 16, 64, min(triton.cdiv(128, programs), triton.cdiv(features, 64)))
 
 
 @triton.jit(
@@ -80,7 +83,7 @@ def mmd_prepare_kernel(
     order_ptr,  # (problems, x_samples) int64, the samples of each class after those of the one before; or None
     z_ptr,  # (problems, x_samples + y_samples, depth) float32: less the centre, 0 beyond the features
     squares_ptr,  # (problems, x_samples + y_samples) float32: |z|^2
-    differs_ptr,  # (problems, x_samples) int32: whether x has another sample than y
+    differs_ptr,  # (problems, x_samples) bool: whether x has another sample than y
     x_problem_stride,
     x_stride,
     y_problem_stride,
@@ -146,7 +149,7 @@ def mmd_prepare_kernel(
         tl.store(here + x_samples.to(tl.int64) * depth, y, mask=in_y[:, None] & held)
     tl.store(squares_ptr + to, x_squares, mask=in_x)
     tl.store(squares_ptr + to + x_samples, y_squares, mask=in_y)
-    tl.store(differs_ptr + problem * x_samples + i, differs, mask=in_x)
+    tl.store(differs_ptr + problem * x_samples + i, differs != 0, mask=in_x)
 
 
 @triton.jit
@@ -214,10 +217,10 @@ def mmd_shares_kernel(
     y_weights_ptr,  # (problems, y_samples) float32 or None
     order_ptr,  # (problems, x_samples) int64 or None
     starts_ptr,  # (problems, runs + 1) int64, where in that order the classes start; or None
-    differs_ptr,  # (problems, x_samples) int32
+    differs_ptr,  # (problems, x_samples) bool
     shares_ptr,  # (problems, x_samples + y_samples) float32
     own_ptr,  # (problems, x_samples + y_samples) float32 or None: the shares, over 1 - sum u^2
-    bounds_ptr,  # (2, problems, x_samples) int32 or None: where the sample's class starts and ends
+    bounds_ptr,  # (2, problems, x_samples) int64 or None: where the sample's class starts and ends
     problems,
     x_samples,
     y_samples,
@@ -373,6 +376,19 @@ def _load_rows(
     return tl.load(z_ptr + (row[:, None] * depth + column[None, :]), mask=mask, other=0.0)
 
 
+@triton.jit
+def _store_rows(
+    to_ptr,  # (.., width)
+    row,  # (BLOCK_M,)
+    exists,  # (BLOCK_M,)
+    column,  # (BLOCK_D,)
+    width,
+    values,  # (BLOCK_M, BLOCK_D)
+):
+    mask = exists[:, None] & (column < width)[None, :]
+    tl.store(to_ptr + (row[:, None] * width + column[None, :]), values, mask=mask)
+
+
 @triton.jit(
     do_not_specialize=[
         "problems",
@@ -380,6 +396,7 @@ def _load_rows(
         "y_samples",
         "features",
         "depth",
+        "blocks",
         "count",
         "bandwidth_stride",
     ]
@@ -389,17 +406,19 @@ def mmd_pairs_kernel(
     squares_ptr,  # (problems, x_samples + y_samples) float32
     shares_ptr,  # (problems, x_samples + y_samples) float32
     own_ptr,  # (problems, x_samples + y_samples) float32: the shares in pairs within a batch
-    bounds_ptr,  # (2, problems, x_samples) int32 or None
+    bounds_ptr,  # (2, problems, x_samples) int64 or None
     order_ptr,  # (problems, x_samples) int64 or None
     bandwidths_ptr,  # (count,), or 1 for each sample (problems, x_samples + y_samples), float32
     rows_ptr,  # (problems, x_samples + y_samples) float32: shares of the loss
     grad_x_ptr,  # (problems, x_samples, features) contiguous, or None
     grad_y_ptr,  # (problems, y_samples, features) contiguous, or None
+    sums_ptr,  # (problems, x_samples + y_samples, depth) float32, or None: a program's gradient is one block
     problems,
     x_samples,
     y_samples,
     features,
     depth,
+    blocks,
     count,
     bandwidth_stride,
     KERNEL: tl.constexpr,
@@ -435,10 +454,10 @@ def mmd_pairs_kernel(
         # Classes one after the other: from where the first row's starts to where the last row's ends.
         starts_ptr = bounds_ptr + problem * x_samples
         ends_ptr = starts_ptr + problems.to(tl.int64) * x_samples
-        class_begin = tl.load(starts_ptr + i, mask=exists, other=0)[:, None]
-        class_end = tl.load(ends_ptr + i, mask=exists, other=0)[:, None]
-        begin = tl.load(starts_ptr + first)
-        end = tl.load(ends_ptr + tl.minimum(first + BLOCK_M, samples) - 1)
+        class_begin = tl.load(starts_ptr + i, mask=exists, other=0).to(tl.int32)[:, None]
+        class_end = tl.load(ends_ptr + i, mask=exists, other=0).to(tl.int32)[:, None]
+        begin = tl.load(starts_ptr + first).to(tl.int32)
+        end = tl.load(ends_ptr + tl.minimum(first + BLOCK_M, samples) - 1).to(tl.int32)
         other_end = end
     own_begin = tl.where(needs, begin, first)
     own_steps = (end - own_begin + BLOCK_N - 1) // BLOCK_N
@@ -456,14 +475,20 @@ def mmd_pairs_kernel(
             for each in range(1, count):
                 least = tl.minimum(least, tl.load(bandwidth_ptr + each, mask=exists_2d, other=1.0))
             smooth = least * least * SMOOTH
-    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if sums_ptr is None:
+        blocks = 1
+    part = blocks * BLOCK_D
+    feature = tl.program_id(1) * part + tl.arange(0, BLOCK_D)
     block_k = tl.arange(0, BLOCK_K)
     block_n = tl.arange(0, BLOCK_N)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
     slopes = tl.zeros((BLOCK_M,), tl.float32)
     grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for step in range(own_steps + other_steps):
+    if sums_ptr is not None:
+        for f in range(0, part, BLOCK_D):
+            _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
+    for step in range(0, own_steps + other_steps):
         across = step >= own_steps
         start = tl.where(across, begin + (step - own_steps) * BLOCK_N, own_begin + step * BLOCK_N)
         j = start + block_n
@@ -500,8 +525,6 @@ def mmd_pairs_kernel(
             x = tl.where(same | (x < 0.0), 0.0, x)
             near = (weight > 0.0) & (same == 0) & (x < (both - smooth) * NEAR)
             if tl.max(tl.max(near.to(tl.int32), 1), 0) != 0:
-                if GRAD_X or GRAD_Y:
-                    z = _load_rows(z_ptr, row, exists, feature, depth)
                 for q in range(BLOCK_N):
                     w = tl.sum(tl.where(near & (block_n == q)[None, :], weight, 0.0), 1)
                     if tl.max(w, 0) > 0.0:
@@ -515,9 +538,17 @@ def mmd_pairs_kernel(
                         value, slope = _evaluate(squared[:, None], bandwidth_ptr, exists_2d, count, KERNEL)
                         total += of_value * w * tl.sum(value, 1)
                         if GRAD_X or GRAD_Y:
-                            b = tl.load(other_ptr + feature, mask=feature < depth, other=0.0)
-                            # The gradient is the slopes' sum times z, less `grad`.
-                            grad -= (of_slope * w)[:, None] * slope * (z - b[None, :])
+                            c = (of_slope * w)[:, None] * slope
+                            for f in range(0, part, BLOCK_D):
+                                column_f = feature + f
+                                b = tl.load(other_ptr + column_f, mask=column_f < depth, other=0.0)
+                                if sums_ptr is not None:
+                                    tl.debug_barrier()
+                                    grad = _load_rows(sums_ptr, row, exists, column_f, depth)
+                                # The gradient is the slopes' sum times z, less `grad`.
+                                grad -= c * (_load_rows(z_ptr, row, exists, column_f, depth) - b[None, :])
+                                if sums_ptr is not None:
+                                    _store_rows(sums_ptr, row, exists, column_f, depth, grad)
                 weight = tl.where(near, 0.0, weight)
         value, slope = _evaluate(x, bandwidth_ptr, exists_2d, count, KERNEL)
         total += of_value * tl.sum(tl.where(weight > 0.0, weight * value, 0.0), 1)
@@ -527,25 +558,37 @@ def mmd_pairs_kernel(
                     weight = tl.where(same, 0.0, weight)
                 c = of_slope[:, None] * tl.where(weight > 0.0, weight * slope, 0.0)
                 slopes += tl.sum(c, 1)
-                grad = tl.dot(c, _load_rows(z_ptr, column, there, feature, depth), grad, input_precision="ieee")
+                for f in range(0, part, BLOCK_D):
+                    b = _load_rows(z_ptr, column, there, feature + f, depth)
+                    if sums_ptr is not None:
+                        # Other threads may have stored these sums.
+                        tl.debug_barrier()
+                        grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
+                    grad = tl.dot(c, b, grad, input_precision="ieee")
+                    if sums_ptr is not None:
+                        _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
 
     tl.store(rows_ptr + row, total, mask=exists & (tl.program_id(1) == 0))
     if GRAD_X or GRAD_Y:
-        if KERNEL == POLYNOMIAL:
-            grad *= 2.0
-        else:
-            grad = 4.0 * (slopes[:, None] * _load_rows(z_ptr, row, exists, feature, depth) - grad)
-        to = i.to(tl.int64)
-        if order_ptr is not None:
-            to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)
-        to = (problem * samples + to)[:, None] * features + feature[None, :]
-        mask = exists_2d & (feature < features)[None, :]
-        if GRAD_X:
-            if of_y == 0:
-                tl.store(grad_x_ptr + to, grad, mask=mask)
-        if GRAD_Y:
-            if of_y:
-                tl.store(grad_y_ptr + to, grad, mask=mask)
+        if needs != 0:
+            to = i.to(tl.int64)
+            if order_ptr is not None:
+                to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)
+            to += problem * samples
+            for f in range(0, part, BLOCK_D):
+                column = feature + f
+                if sums_ptr is not None:
+                    tl.debug_barrier()
+                    grad = _load_rows(sums_ptr, row, exists, column, depth)
+                if KERNEL == POLYNOMIAL:
+                    of_rows = 2.0 * grad
+                else:
+                    z = _load_rows(z_ptr, row, exists, column, depth)
+                    of_rows = 4.0 * (slopes[:, None] * z - grad)
+                if GRAD_X:
+                    _store_rows(grad_x_ptr, to, exists & (of_y == 0), column, features, of_rows)
+                if GRAD_Y:
+                    _store_rows(grad_y_ptr, to, exists & of_y, column, features, of_rows)
 
 
 def mmd(
@@ -569,7 +612,8 @@ def mmd(
             if output is not None:
                 output.zero_()
         return
-    block_m, block_n, block_k, block_d, num_warps = tile(problems, n, m, features)
+    block_m, block_n, block_k, block_d, parts = tile(problems, n, m, features)
+    blocks = triton.cdiv(features, block_d * parts)
     depth = triton.cdiv(features, 16) * 16
     polynomial = kernel == POLYNOMIAL.value
     with torch.cuda.device_of(x):
@@ -578,11 +622,11 @@ def mmd(
         if labels is not None:
             order, starts = classes_of(labels)
             runs = n
-            bounds = torch.empty(2, problems, n, dtype=torch.int32, device=x.device)
+            bounds = order.new_empty(2, problems, n)
         z = loss.new_empty(problems, n + m, depth)
         squares, shares, rows = (loss.new_empty(problems, n + m) for _ in range(3))
         own = torch.empty_like(shares) if unbiased else None
-        differs = torch.empty(problems, n, dtype=torch.int32, device=x.device)
+        differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
         mmd_prepare_kernel[(triton.cdiv(max(n, m), BLOCK_SAMPLES), problems)](
             x,
             y,
@@ -626,8 +670,9 @@ def mmd(
             bandwidths: torch.Tensor,  # (K,) or (B, n + m)
             *grads: torch.Tensor | None,
         ) -> None:
-            parts = 1 if grads == (None, None) else triton.cdiv(features, block_d)
-            mmd_pairs_kernel[(triton.cdiv(n, block_m) + triton.cdiv(m, block_m), parts, problems)](
+            needs = [grad is not None for grad in grads]
+            grid = (triton.cdiv(n, block_m) + triton.cdiv(m, block_m), parts if any(needs) else 1, problems)
+            mmd_pairs_kernel[grid](
                 z,
                 squares,
                 shares,
@@ -637,11 +682,13 @@ def mmd(
                 bandwidths,
                 rows,
                 *grads,
+                torch.empty_like(z) if any(needs) and blocks > 1 else None,
                 problems,
                 n,
                 m,
                 features,
                 depth,
+                blocks,
                 1 if bandwidths.dim() == 2 else len(bandwidths),
                 int(bandwidths.dim() == 2),
                 KERNEL=kernel,
@@ -651,7 +698,7 @@ def mmd(
                 BLOCK_K=block_k,
                 BLOCK_D=block_d,
                 VECTOR=math.gcd(16, features),
-                num_warps=num_warps,
+                num_warps=8,
             )
 
         if bandwidths is None:
