@@ -3,15 +3,17 @@ kdkernels.ops.mmd.
 
 Samples of both batches are copied in float32, in the order of their classes, less a common centre. A program has a
 block of rows of one batch and goes over the samples of both: a tile of inner products, summed over the features in
-steps, becomes squared distances, kernel values and coefficients, whose product with the samples is added to a block of
-the rows' gradient. Rows without a gradient meet the later half of their own batch, and count it twice.
+steps, becomes squared distances, kernel values and coefficients, and these times the samples are added to the rows'
+gradient: in registers where it is one block of features, else in memory that only this program touches. Rows without a
+gradient meet the later half of their own batch, and count it twice.
 
 |a|^2 + |b|^2 - 2 ab says little of a distance that is small beside |a| and |b|: such pairs are taken out of the tile,
 and differenced.
 
-Products of 2 d operations for each pair: 1 for the distances and 1/parts for the gradient in each of `parts` programs,
-ceil(d / block_d), that share its features; the mean distance takes half as many as all distances. No atomics: sums have
-one order. Memory beyond the gradients: x and y in float32.
+2 d operations for each pair's distance, and as many for its coefficient times the sample; where a batch is so small
+that its rows leave multiprocessors idle, parts of the features are programs of their own, and each forms the distances
+again. No atomics: sums have one order. Memory beyond the gradients: x and y in float32, twice where a gradient is not
+in registers.
 """
 
 import math
@@ -47,22 +49,65 @@ BLOCK_SAMPLES, BLOCK_FEATURES, BLOCK_SHARES = 16, 64, 1024
 
 
 class Tile(NamedTuple):
-    """A program takes block_m rows and one of `parts` of their gradient's features, by block_d, and walks along the
+    """A program takes block_m rows, with `blocks` blocks of block_d features of their gradient, and walks along the
     samples by block_n, with inner products over block_k features a step."""
 
     block_m: int
     block_n: int
     block_k: int
     block_d: int
-    parts: int
+    blocks: int
 
 
 def tile(problems: int, x_samples: int, y_samples: int, features: int) -> Tile:
     """The largest that sm_80, sm_90, sm_100 and gfx942 hold in registers (tests/test_triton_compile.py); features are
-    parted where programs are few: each part forms the inner products again, on multiprocessors that had no work."""
-    block_m = 64 if problems * (x_samples + y_samples) >= 128 * 64 else 32
+    parted until there are 128 programs."""
+    block_m, block_d = 64 if problems * (x_samples + y_samples) >= 128 * 64 else 32, 64
     programs = problems * (triton.cdiv(x_samples, block_m) + triton.cdiv(y_samples, block_m))
-    return Tile(block_m, 32, 16, 64, min(triton.cdiv(128, programs), triton.cdiv(features, 64)))
+    return Tile(
+        block_m, 32, 16, block_d, triton.cdiv(triton.cdiv(features, block_d), triton.cdiv(128, programs))
+    )
+
+
+def bytes_moved(
+    problems: int,
+    x_samples: int,
+    y_samples: int,
+    features: int,
+    itemsize: int,
+    *,
+    mean_distance: bool = False,
+    grads: Collection[str] = ("grad_x", "grad_y"),
+) -> int:
+    """Bytes of samples, of their float32 copies and of their gradients that are loaded and stored, without labels and
+    near pairs. Most loads are from cache. What there is one of for a sample is left out: up to 28 bytes, and 4 for each
+    bandwidth, for each program, or step of a program, that takes the sample."""
+    block_m, block_n, _, block_d, blocks = tile(problems, x_samples, y_samples, features)
+    parts = triton.cdiv(features, block_d * blocks)
+    both, depth = x_samples + y_samples, triton.cdiv(features, 16) * 16
+    of_centre = sum(triton.cdiv(n, triton.cdiv(n, OF_CENTRE)) for n in (x_samples, y_samples))
+    of_centre *= triton.cdiv(max(x_samples, y_samples), BLOCK_SAMPLES)
+    moved = (both + of_centre) * features * itemsize + both * depth * 4
+
+    def pairs(grads: Collection[str]) -> int:
+        rows, gradients = 0, 0
+        for name, n, m in (("grad_x", x_samples, y_samples), ("grad_y", y_samples, x_samples)):
+            across = triton.cdiv(m, block_n)
+            if name in grads:
+                programs, steps = triton.cdiv(n, block_m), triton.cdiv(n, block_n) + across
+                rows += parts * (n * steps + programs * both)
+                # What the coefficients are multiplied by, and the rows again.
+                rows += programs * both + n
+                rows += 2 * n * (steps + 1) if blocks > 1 else 0
+                gradients += n * features * itemsize
+                continue
+            for first in range(0, n, block_m):
+                taken, later = min(block_m, n - first), n - first
+                rows += taken * triton.cdiv(later, block_n) + later
+                rows += taken * across + m if name == "grad_x" else 0
+        return rows * depth * 4 + gradients
+
+    return problems * (moved + pairs(grads) + (pairs(()) if mean_distance else 0))
 
 
 @triton.jit(
@@ -105,8 +150,9 @@ def mmd_prepare_kernel(
     y_problem_stride = (y_problem_stride // VECTOR) * VECTOR
     features = (features // VECTOR) * VECTOR
     depth = (depth // 16) * 16
-    problem = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = (tl.maximum(x_samples, y_samples) + BLOCK_N - 1) // BLOCK_N
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_x = i < x_samples
     in_y = i < y_samples
     row = i.to(tl.int64)
@@ -130,8 +176,12 @@ def mmd_prepare_kernel(
         inside = (column < features)[None, :]
         x_mask = in_x[:, None] & inside
         y_mask = in_y[:, None] & inside
-        x = tl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=x_mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + (row[:, None] * y_stride + column[None, :]), mask=y_mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=x_mask, other=0.0).to(
+            tl.float32
+        )
+        y = tl.load(y_ptr + (row[:, None] * y_stride + column[None, :]), mask=y_mask, other=0.0).to(
+            tl.float32
+        )
         differs = tl.maximum(differs, tl.max((x != y).to(tl.int32), 1))
         if CENTRED:
             x_some = x_ptr + (x_of.to(tl.int64)[:, None] * x_stride + column[None, :])
@@ -227,9 +277,11 @@ def mmd_shares_kernel(
     runs,
     BLOCK: tl.constexpr,
 ):
-    problem = tl.program_id(1).to(tl.int64)
+    problem = (tl.program_id(0) // runs).to(tl.int64)
     to = problem * (x_samples + y_samples)
     begin, x_end, y_end = _run(starts_ptr, problem, x_samples, y_samples, runs)
+    if begin == x_end:
+        return
     if order_ptr is not None:
         order_ptr += problem * x_samples
     if x_weights_ptr is not None:
@@ -280,7 +332,7 @@ def _run(
     x_end = x_samples
     y_end = y_samples
     if starts_ptr is not None:
-        starts = starts_ptr + problem * (runs + 1) + tl.program_id(0)
+        starts = starts_ptr + problem * (runs + 1) + tl.program_id(0) % runs
         begin = tl.load(starts).to(tl.int32)
         x_end = tl.load(starts + 1).to(tl.int32)
         y_end = x_end
@@ -298,8 +350,10 @@ def mmd_bandwidth_kernel(
     BLOCK: tl.constexpr,
 ):
     # The mean distance of a class, for each of its samples.
-    problem = tl.program_id(1).to(tl.int64)
+    problem = (tl.program_id(0) // runs).to(tl.int64)
     begin, x_end, y_end = _run(starts_ptr, problem, x_samples, y_samples, runs)
+    if begin == x_end:
+        return
     rows_ptr += problem * (x_samples + y_samples)
     bandwidths_ptr += problem * (x_samples + y_samples)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -434,16 +488,18 @@ def mmd_pairs_kernel(
     depth = (depth // 16) * 16
     features = (features // VECTOR) * VECTOR
     x_blocks = (x_samples + BLOCK_M - 1) // BLOCK_M
-    of_y = tl.program_id(0) >= x_blocks
+    row_blocks = x_blocks + (y_samples + BLOCK_M - 1) // BLOCK_M
+    problem = (tl.program_id(0) // row_blocks).to(tl.int64)
+    row_block = tl.program_id(0) % row_blocks
+    of_y = row_block >= x_blocks
     needs = tl.where(of_y, GRAD_Y, GRAD_X)
     if tl.program_id(1) > 0 and not needs:
         return
-    problem = tl.program_id(2).to(tl.int64)
     samples = tl.where(of_y, y_samples, x_samples)
     others = tl.where(of_y, x_samples, y_samples)
     own_first = problem * (x_samples + y_samples) + tl.where(of_y, x_samples, 0)
     other_first = problem * (x_samples + y_samples) + tl.where(of_y, 0, x_samples)
-    first = (tl.program_id(0) - tl.where(of_y, x_blocks, 0)) * BLOCK_M
+    first = (row_block - tl.where(of_y, x_blocks, 0)) * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     exists = i < samples
     row = own_first + i
@@ -478,9 +534,10 @@ def mmd_pairs_kernel(
     if sums_ptr is None:
         blocks = 1
     part = blocks * BLOCK_D
-    feature = tl.program_id(1) * part + tl.arange(0, BLOCK_D)
-    block_k = tl.arange(0, BLOCK_K)
     block_n = tl.arange(0, BLOCK_N)
+    block_k = tl.arange(0, BLOCK_K)
+    block_d = tl.arange(0, BLOCK_D)
+    feature = tl.program_id(1) * part + block_d
 
     total = tl.zeros((BLOCK_M,), tl.float32)
     slopes = tl.zeros((BLOCK_M,), tl.float32)
@@ -524,71 +581,69 @@ def mmd_pairs_kernel(
             x = both - 2.0 * products
             x = tl.where(same | (x < 0.0), 0.0, x)
             near = (weight > 0.0) & (same == 0) & (x < (both - smooth) * NEAR)
-            if tl.max(tl.max(near.to(tl.int32), 1), 0) != 0:
-                for q in range(BLOCK_N):
-                    w = tl.sum(tl.where(near & (block_n == q)[None, :], weight, 0.0), 1)
-                    if tl.max(w, 0) > 0.0:
-                        other_ptr = z_ptr + (tl.where(across, other_first, own_first) + start + q) * depth
-                        squared = tl.zeros((BLOCK_M,), tl.float32)
-                        for k in range(0, depth, BLOCK_K):
-                            a = _load_rows(z_ptr, row, exists, k + block_k, depth)
-                            b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
-                            away = a - b[None, :]
-                            squared += tl.sum(away * away, 1)
-                        value, slope = _evaluate(squared[:, None], bandwidth_ptr, exists_2d, count, KERNEL)
-                        total += of_value * w * tl.sum(value, 1)
-                        if GRAD_X or GRAD_Y:
-                            c = (of_slope * w)[:, None] * slope
-                            for f in range(0, part, BLOCK_D):
-                                column_f = feature + f
-                                b = tl.load(other_ptr + column_f, mask=column_f < depth, other=0.0)
-                                if sums_ptr is not None:
-                                    tl.debug_barrier()
-                                    grad = _load_rows(sums_ptr, row, exists, column_f, depth)
-                                # The gradient is the slopes' sum times z, less `grad`.
-                                grad -= c * (_load_rows(z_ptr, row, exists, column_f, depth) - b[None, :])
-                                if sums_ptr is not None:
-                                    _store_rows(sums_ptr, row, exists, column_f, depth, grad)
-                weight = tl.where(near, 0.0, weight)
+            hits = tl.where(tl.max(near.to(tl.int32), 0) != 0, block_n, BLOCK_N)
+            q = tl.min(hits, 0)
+            while q < BLOCK_N:
+                share = tl.sum(tl.where(near & (block_n == q)[None, :], weight, 0.0), 1)
+                other_ptr = z_ptr + (tl.where(across, other_first, own_first) + start + q) * depth
+                squared = tl.zeros((BLOCK_M,), tl.float32)
+                for k in range(0, depth, BLOCK_K):
+                    b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
+                    away = _load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
+                    squared += tl.sum(away * away, 1)
+                value, slope = _evaluate(squared[:, None], bandwidth_ptr, exists_2d, count, KERNEL)
+                total += of_value * share * tl.sum(value, 1)
+                if GRAD_X or GRAD_Y:
+                    c = (of_slope * share)[:, None] * slope
+                    for f in range(0, part, BLOCK_D):
+                        b = tl.load(other_ptr + feature + f, mask=feature + f < depth, other=0.0)
+                        away = _load_rows(z_ptr, row, exists, feature + f, depth) - b[None, :]
+                        if sums_ptr is not None:
+                            tl.debug_barrier()
+                            grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
+                        # The gradient is the slopes' sum times z, less `grad`.
+                        grad -= c * away
+                        if sums_ptr is not None:
+                            _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
+                q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)
+            weight = tl.where(near, 0.0, weight)
         value, slope = _evaluate(x, bandwidth_ptr, exists_2d, count, KERNEL)
         total += of_value * tl.sum(tl.where(weight > 0.0, weight * value, 0.0), 1)
-        if GRAD_X or GRAD_Y:
-            if needs != 0:
-                if KERNEL != POLYNOMIAL:
-                    weight = tl.where(same, 0.0, weight)
-                c = of_slope[:, None] * tl.where(weight > 0.0, weight * slope, 0.0)
-                slopes += tl.sum(c, 1)
-                for f in range(0, part, BLOCK_D):
-                    b = _load_rows(z_ptr, column, there, feature + f, depth)
-                    if sums_ptr is not None:
-                        # Other threads may have stored these sums.
-                        tl.debug_barrier()
-                        grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
-                    grad = tl.dot(c, b, grad, input_precision="ieee")
-                    if sums_ptr is not None:
-                        _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
+        if (GRAD_X or GRAD_Y) and needs != 0:
+            if KERNEL != POLYNOMIAL:
+                weight = tl.where(same, 0.0, weight)
+            c = of_slope[:, None] * tl.where(weight > 0.0, weight * slope, 0.0)
+            slopes += tl.sum(c, 1)
+            for f in range(0, part, BLOCK_D):
+                b = _load_rows(z_ptr, column, there, feature + f, depth)
+                if sums_ptr is not None:
+                    # Other threads may have stored these sums.
+                    tl.debug_barrier()
+                    grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
+                grad = tl.dot(c, b, grad, input_precision="ieee")
+                if sums_ptr is not None:
+                    _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
 
     tl.store(rows_ptr + row, total, mask=exists & (tl.program_id(1) == 0))
-    if GRAD_X or GRAD_Y:
-        if needs != 0:
-            to = i.to(tl.int64)
-            if order_ptr is not None:
-                to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)
-            to += problem * samples
-            for f in range(0, part, BLOCK_D):
-                column = feature + f
-                if sums_ptr is not None:
-                    tl.debug_barrier()
-                    grad = _load_rows(sums_ptr, row, exists, column, depth)
-                if KERNEL == POLYNOMIAL:
-                    of_rows = 2.0 * grad
-                else:
-                    z = _load_rows(z_ptr, row, exists, column, depth)
-                    of_rows = 4.0 * (slopes[:, None] * z - grad)
-                if GRAD_X:
-                    _store_rows(grad_x_ptr, to, exists & (of_y == 0), column, features, of_rows)
-                if GRAD_Y:
-                    _store_rows(grad_y_ptr, to, exists & of_y, column, features, of_rows)
+    if (GRAD_X or GRAD_Y) and needs != 0:
+        to = i.to(tl.int64)
+        if order_ptr is not None:
+            to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)
+        to += problem * samples
+        for f in range(0, part, BLOCK_D):
+            column = feature + f
+            if sums_ptr is not None:
+                tl.debug_barrier()
+                grad = _load_rows(sums_ptr, row, exists, column, depth)
+            if KERNEL == POLYNOMIAL:
+                of_rows = 2.0 * grad
+            else:
+                z = _load_rows(z_ptr, row, exists, column, depth)
+                of_rows = 4.0 * (slopes[:, None] * z - grad)
+            if GRAD_X:
+                _store_rows(grad_x_ptr, to, exists & (of_y == 0), column, features, of_rows)
+            if GRAD_Y:
+                _store_rows(grad_y_ptr, to, exists & of_y, column, features, of_rows)
 
 
 def mmd(
@@ -612,8 +667,8 @@ def mmd(
             if output is not None:
                 output.zero_()
         return
-    block_m, block_n, block_k, block_d, parts = tile(problems, n, m, features)
-    blocks = triton.cdiv(features, block_d * parts)
+    block_m, block_n, block_k, block_d, blocks = tile(problems, n, m, features)
+    parts = triton.cdiv(features, block_d * blocks)
     depth = triton.cdiv(features, 16) * 16
     polynomial = kernel == POLYNOMIAL.value
     with torch.cuda.device_of(x):
@@ -627,7 +682,7 @@ def mmd(
         squares, shares, rows = (loss.new_empty(problems, n + m) for _ in range(3))
         own = torch.empty_like(shares) if unbiased else None
         differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
-        mmd_prepare_kernel[(triton.cdiv(max(n, m), BLOCK_SAMPLES), problems)](
+        mmd_prepare_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
             x,
             y,
             order,
@@ -647,7 +702,7 @@ def mmd(
             VECTOR=math.gcd(16, features, *x.stride()[:2], *y.stride()[:2]),
             num_warps=4,
         )
-        mmd_shares_kernel[(runs, problems)](
+        mmd_shares_kernel[(problems * runs,)](
             x_weights,
             y_weights,
             order,
@@ -671,8 +726,8 @@ def mmd(
             *grads: torch.Tensor | None,
         ) -> None:
             needs = [grad is not None for grad in grads]
-            grid = (triton.cdiv(n, block_m) + triton.cdiv(m, block_m), parts if any(needs) else 1, problems)
-            mmd_pairs_kernel[grid](
+            row_blocks = triton.cdiv(n, block_m) + triton.cdiv(m, block_m)
+            mmd_pairs_kernel[(problems * row_blocks, parts if any(needs) else 1)](
                 z,
                 squares,
                 shares,
@@ -708,7 +763,7 @@ def mmd(
                 bandwidths = torch.empty_like(rows)
                 if kernel != ENERGY.value:
                     pairs(DISTANCE.value, shares, bandwidths, None, None)
-                    mmd_bandwidth_kernel[(runs, problems)](
+                    mmd_bandwidth_kernel[(problems * runs,)](
                         rows, starts, bandwidths, n, m, runs, BLOCK=BLOCK_SHARES, num_warps=4
                     )
         pairs(kernel, shares if own is None else own, bandwidths, grad_x, grad_y)

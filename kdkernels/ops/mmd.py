@@ -244,9 +244,7 @@ def _of_kernel(
     )
 
 
-_native = native_distance(
-    "mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel, ("CPU", "CUDA")
-)
+_native = native_distance("mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel, ("CPU", "CUDA"))
 
 
 def _distance(
