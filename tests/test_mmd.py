@@ -9,13 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from distances import assert_equal_up_to_rounding, features, gradients
+from conftest import device_of
+from distances import assert_equal_up_to_rounding, features, gradients, moved
 
 import kdkernels
 from kdkernels import energy_distance, mmd
 
 BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+# In float32, and of few samples: the interpreter is slow.
+WITH_TRITON = [
+    *BACKENDS,
+    *(["triton"] if kdkernels.available_backends(device_of("triton"))["triton"] == "available" else []),
+]
+with_triton = pytest.mark.parametrize("backend", WITH_TRITON)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
 BANDWIDTHS = [2.0, 5.0]
 
@@ -49,20 +56,24 @@ def written_out(x, y, kernel, bandwidths, unbiased=False, u=None, v=None):
     return mean(x, u, x, u, unbiased) + mean(y, v, y, v, unbiased) - 2 * mean(x, u, y, v, False)
 
 
+def on(function, backend):
+    return partial(moved, function, backend)
+
+
 def distance(kernel, backend, **options):
     if kernel == "energy":
-        return partial(energy_distance, backend=backend, **options)
+        return partial(on(energy_distance, backend), **options)
     if kernel == "linear":
         return partial(mmd, kernel="linear", **options)
-    return partial(mmd, kernel=kernel, bandwidths=BANDWIDTHS, backend=backend, **options)
+    return partial(on(mmd, backend), kernel=kernel, bandwidths=BANDWIDTHS, **options)
 
 
-@over_backends
+@with_triton
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_definition(backend, kernel, estimator, weighted):
-    x, y = features(5, 3, m=4)
+    x, y = features(5, 3, m=4, backend=backend)
     options, weights = {}, {}
     if kernel != "energy":
         options["estimator"] = estimator
@@ -73,26 +84,30 @@ def test_definition(backend, kernel, estimator, weighted):
         options |= {"x_weights": weights["u"], "y_weights": weights["v"]}
     bandwidths = BANDWIDTHS if kernel not in ("linear", "energy") else [1.0]
     truth = gradients(
-        lambda x, y: written_out(x, y, kernel, bandwidths, estimator == "unbiased", **weights), x, y
+        lambda x, y: written_out(x, y, kernel, bandwidths, estimator == "unbiased", **weights),
+        x.double(),
+        y.double(),
     )
     assert all(t.abs().max() > 1e-3 for t in truth)
     assert_equal_up_to_rounding(gradients(distance(kernel, backend, **options), x, y), truth, scale=4)
 
 
-@over_backends
+@with_triton
 def test_two_points(backend):
-    a, b = torch.zeros(1, 3).double(), torch.tensor([[2.0, -1.0, 2.0]]).double()
-    assert energy_distance(a, b, backend=backend).item() == pytest.approx(6, rel=1e-15)
+    dtype, rel = (torch.float32, 1e-6) if backend == "triton" else (torch.float64, 1e-15)
+    a, b = torch.zeros(1, 3, dtype=dtype), torch.tensor([[2.0, -1.0, 2.0]], dtype=dtype)
+    run = on(mmd, backend)
+    assert on(energy_distance, backend)(a, b).item() == pytest.approx(6, rel=rel)
     for kernel, k in (("rbf", -9 / 8), ("laplacian", -3 / 2)):
-        loss = mmd(a, b, kernel=kernel, bandwidths=2, backend=backend)
+        loss = run(a, b, kernel=kernel, bandwidths=2)
         expected = 2 - 2 * torch.tensor(k).double().exp()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-15)
-    assert mmd(a, b, kernel="imq", bandwidths=4, backend=backend).item() == pytest.approx(2 - 2 / 1.25)
+        assert loss.item() == pytest.approx(expected.item(), rel=rel)
+    assert run(a, b, kernel="imq", bandwidths=4).item() == pytest.approx(2 - 2 / 1.25)
     assert mmd(a, b, kernel="linear").item() == pytest.approx(9, rel=1e-15)
     # The mean distance of (0 + 0 + 3)/3.
     for kernel, k in (("rbf", -9 / 2), ("laplacian", -3)):
         expected = 2 - 2 * torch.tensor(k).double().exp()
-        assert mmd(a, b, kernel=kernel, backend=backend).item() == pytest.approx(expected.item(), rel=1e-15)
+        assert run(a, b, kernel=kernel).item() == pytest.approx(expected.item(), rel=rel)
 
 
 def test_linear_is_the_distance_of_the_means():
@@ -127,10 +142,11 @@ def test_unbiased_is_zero_in_expectation(backend, kernel):
         assert (deviation.abs() < 3.5) == (estimator == "unbiased"), deviation
 
 
-@over_backends
+@with_triton
 def test_unbiased_needs_two_samples(backend):
-    x, y = features(5, 3)
-    options = {"estimator": "unbiased", "bandwidths": 2.0, "backend": backend}
+    x, y = features(5, 3, backend=backend)
+    mmd = on(kdkernels.mmd, backend)
+    options = {"estimator": "unbiased", "bandwidths": 2.0}
     for a, b in ((x[:1], y), (x, y[:1]), (x[:0], y)):
         loss, *got = gradients(mmd, a, b, **options)
         assert loss == 0 and all((g == 0).all() for g in got)
@@ -147,10 +163,10 @@ def test_unbiased_needs_two_samples(backend):
     assert (of_x[2] == 0).all() and (of_y[2] == 0).all()
 
 
-@over_backends
+@with_triton
 def test_bandwidths(backend):
-    x, y = features(60, 5, m=40)
-    one = partial(mmd, x, y, backend=backend)
+    x, y = features(6 if backend == "triton" else 60, 5, m=40, backend=backend)
+    one = partial(on(mmd, backend), x, y)
     for kernel in ("rbf", "laplacian", "imq", "polynomial"):
         several = [3.0, 0.5, 6.0, 12.0, 1.0]
         total = sum(one(kernel=kernel, bandwidths=s) for s in several)
@@ -181,38 +197,41 @@ def test_bandwidths_that_are_powers(backend, dtype, factor):
         assert_equal_up_to_rounding(got, truth)
 
 
-@over_backends
+@with_triton
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian", "imq"])
 def test_mean_distance(backend, kernel):
     """A constant: the gradient is that of the bandwidth given."""
-    for n, m, weighted in ((6, 6, False), (6, 4, False), (6, 4, True), (70, 50, True)):
-        x, y = features(2, n, 3, m=m)
+    mmd = on(kdkernels.mmd, backend)
+    sizes = [(6, 6, False), (6, 4, False), (6, 4, True), (70, 50, True)]
+    for n, m, weighted in sizes[:3] if backend == "triton" and kernel != "rbf" else sizes:
+        x, y = features(2, n, 3, m=m, backend=backend)
         generator = torch.Generator().manual_seed(0)
         u, v = (torch.rand(2, k, generator=generator, dtype=torch.float64) for k in (n, m))
         weights = {"x_weights": u, "y_weights": v} if weighted else {}
         p, q = (w / w.sum(-1, keepdim=True) if weighted else torch.ones_like(w) / w.shape[1] for w in (u, v))
+        s, t = x.double(), y.double()
         means = [
             (a[:, :, None] * b[:, None] * (s[:, :, None] - t[:, None]).norm(dim=-1)).sum((1, 2))
-            for (a, s), (b, t) in (((p, x), (p, x)), ((q, y), (q, y)), ((p, x), (q, y)))
+            for (a, s), (b, t) in (((p, s), (p, s)), ((q, t), (q, t)), ((p, s), (q, t)))
         ]
         sigma = sum(means) / 3
         for estimator in ("biased", "unbiased"):
-            options = {"kernel": kernel, "estimator": estimator, "backend": backend}
+            options = {"kernel": kernel, "estimator": estimator}
             loss, *got = gradients(mmd, x, y, **options, **weights)
             for i in range(2):
                 own = {name: w[i] for name, w in weights.items()}
                 truth = gradients(mmd, x[i], y[i], bandwidths=sigma[i].item(), **options, **own)
                 assert_equal_up_to_rounding((loss[i], *(g[i] for g in got)), truth, scale=4)
         if n == m:  # KD²M's: of all entries of the three matrices
-            every = torch.cat([torch.cdist(x, x), torch.cdist(y, y), torch.cdist(x, y)], 1)
+            every = torch.cat([torch.cdist(s, s), torch.cdist(t, t), torch.cdist(s, t)], 1)
             assert_equal_up_to_rounding([every.mean((1, 2))], [sigma])
     x = torch.ones(4, 3)
-    assert mmd(x, x, kernel=kernel, backend=backend) == 0
+    assert mmd(x, x, kernel=kernel) == 0
     # Of each class, its own.
-    x, y = features(9, 3)
+    x, y = features(9, 3, backend=backend)
     labels = torch.tensor([0, 1, 0, 1, 1, 1, 0, 0, 0])
-    each = sum(mmd(x[labels == c], y[labels == c], kernel=kernel, backend=backend) for c in (0, 1))
-    assert_equal_up_to_rounding([mmd(x, y, kernel=kernel, labels=labels, backend=backend)], [each])
+    each = sum(mmd(x[labels == c], y[labels == c], kernel=kernel) for c in (0, 1))
+    assert_equal_up_to_rounding([mmd(x, y, kernel=kernel, labels=labels)], [each])
 
 
 SIZES = [1, 2, 16, 17, 31, 32, 33, 47, 48, 49, 95, 97, 191, 192, 193, 250]
