@@ -3,6 +3,7 @@ with scipy and geomloss."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ from distances import assert_equal_up_to_rounding, features, gradients, moved
 import kdkernels
 from kdkernels import energy_distance, mmd
 
+if importlib.util.find_spec("triton") is not None:
+    from kdkernels._triton import mmd as triton_mmd
+
 BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 # In float32, and of few samples: the interpreter is slow.
@@ -23,6 +27,7 @@ WITH_TRITON = [
     *(["triton"] if kdkernels.available_backends(device_of("triton"))["triton"] == "available" else []),
 ]
 with_triton = pytest.mark.parametrize("backend", WITH_TRITON)
+triton = pytest.mark.skipif("triton" not in WITH_TRITON, reason="needs Triton")
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
 BANDWIDTHS = [2.0, 5.0]
 
@@ -271,27 +276,65 @@ def test_every_size(n, m, d, kernel, dtype):
             assert torch.equal(of_one, got[1 + i])
 
 
-@native
+TILES = {  # rows, steps of columns and of features, and features of a program's gradient
+    "registers": (32, 32, 16, 64, 1),
+    "memory": (32, 32, 16, 16, 2),
+    "wide": (64, 32, 16, 16, 3),
+}
+
+
+@triton
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial", "energy"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(1, 33, 17), (16, 31, 70), (33, 32, 49), (65, 40, 20), (20, 70, 33), (5, 1, 80)]
+)
+def test_every_tile(n, m, d, kernel, tile, monkeypatch):
+    """Samples around a block, features around a step, a block, several blocks; gradients in registers and in memory."""
+    monkeypatch.setattr(triton_mmd, "tile", lambda *sizes: triton_mmd.Tile(*TILES[tile]))
+    x, y = features(n, d, m=m, dtype=torch.float32)
+    options = {} if kernel == "energy" else {"kernel": kernel, "bandwidths": [d**0.5, 2 * d**0.5]}
+    run = energy_distance if kernel == "energy" else mmd
+    truth = gradients(run, x.double(), y.double(), backend="reference", **options)
+    got = gradients(on(run, "triton"), x, y, **options)
+    assert all(t.abs().max() > 1e-5 for t in truth)
+    assert_equal_up_to_rounding(got, truth)
+    for i, needs in enumerate(((True, False), (False, True), (False, False))):
+        leaves = [z.clone().requires_grad_(need) for z, need in zip((x, y), needs)]
+        loss = on(run, "triton")(*leaves, **options)
+        assert_equal_up_to_rounding([loss.detach()], truth[:1])
+        if i < 2:
+            [of_one] = torch.autograd.grad(loss, leaves[i])
+            assert torch.equal(of_one, got[1 + i])
+
+
+@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "reference"])
 @pytest.mark.parametrize("kernel", ["laplacian", "energy", "rbf"])
 @pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_near_samples(kernel, noise, offset):
+def test_near_samples(backend, kernel, noise, offset, monkeypatch):
     """Pairs far nearer than the samples are far from 0: |a|² + |b|² − 2 ab would say nothing of them."""
-    x, _ = features(100, 24)
+    half = 50
+    if backend == "triton":
+        half = 20
+        blocks = TILES["memory" if offset else "registers"]
+        monkeypatch.setattr(triton_mmd, "tile", lambda *sizes: triton_mmd.Tile(*blocks))
+    x, _ = features(2 * half, 24)
     generator = torch.Generator().manual_seed(1)
     x = (x + offset).float()
     # Within the batch and across.
-    x[50:] = x[:50] + noise * torch.randn(50, 24, generator=generator)
-    y = x[torch.randperm(100, generator=generator)] + noise * torch.randn(100, 24, generator=generator)
+    x[half:] = x[:half] + noise * torch.randn(half, 24, generator=generator)
+    y = x[torch.randperm(2 * half, generator=generator)]
+    y = y + noise * torch.randn(2 * half, 24, generator=generator)
 
     def run(x, y, backend):
         if kernel == "energy":
-            return energy_distance(x, y, backend=backend)
-        return mmd(x, y, kernel=kernel, bandwidths=[0.1, 3.0], backend=backend)
+            return on(energy_distance, backend)(x, y)
+        return on(mmd, backend)(x, y, kernel=kernel, bandwidths=[0.1, 3.0])
 
     (truth, *true_gradients), (got, *of_ours), (_, *of_theirs) = (
-        gradients(run, a, b, backend=backend)
-        for a, b, backend in ((x.double(), y.double(), "reference"), (x, y, "cpu"), (x, y, "reference"))
+        gradients(run, a, b, backend=name)
+        for a, b, name in ((x.double(), y.double(), "reference"), (x, y, backend), (x, y, "reference"))
     )
     # The loss is a difference of sums of the order of 1 to 6.
     assert abs(got.item() - truth.item()) < 2e-6 and got >= 0
@@ -300,24 +343,26 @@ def test_near_samples(kernel, noise, offset):
         assert (a.double() - b).abs().max() <= own < 0.3 * b.abs().max()
 
 
-@over_backends
+@with_triton
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian", "imq"])
 def test_narrow_bandwidth(backend, kernel):
     """A sample's kernel value with itself is all but everything; its slope is nothing."""
-    x, y = features(60, 200, dtype=torch.float32)
+    x, y = features(40 if backend == "triton" else 60, 200, dtype=torch.float32)
     options = {"kernel": kernel, "bandwidths": {"rbf": 2.5, "laplacian": 1.0, "imq": 0.1}[kernel]}
     truth = gradients(mmd, x.double(), y.double(), backend="reference", **options)
     assert all(t.abs().max() < 1e-3 for t in truth[1:])
-    assert_equal_up_to_rounding(gradients(mmd, x, y, backend=backend, **options), truth, scale=4)
+    assert_equal_up_to_rounding(gradients(on(mmd, backend), x, y, **options), truth, scale=4)
 
 
-@over_backends
+@with_triton
 @pytest.mark.parametrize("n", [20, 300])
 def test_equal_in_another_order(backend, n):
+    if backend == "triton":
+        n = min(n, 40)
     x, _ = features(n, 40, dtype=torch.float32)
     y = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     for run in (energy_distance, partial(mmd, kernel="laplacian"), partial(mmd, bandwidths=[4.0, 8.0])):
-        loss, *got = gradients(run, x, y, backend=backend)
+        loss, *got = gradients(on(run, backend), x, y)
         assert 0 <= loss < 1e-5  # of distances of 10
         assert all(g.abs().max() < 1e-6 for g in got)
 
@@ -334,24 +379,24 @@ def test_second_derivative_where_equal(backend):
     torch.testing.assert_close(hessian, 2 * torch.eye(2).double() / 4)
 
 
-@over_backends
+@with_triton
 def test_far_samples(backend):
     """All kernel values underflow but the diagonal's."""
     x, y = features(60, 5, dtype=torch.float32)
     for kernel in ("rbf", "laplacian"):
-        loss, *got = gradients(mmd, 1e6 * x, 1e6 * y, kernel=kernel, bandwidths=1.0, backend=backend)
+        loss, *got = gradients(on(mmd, backend), 1e6 * x, 1e6 * y, kernel=kernel, bandwidths=1.0)
         assert loss == pytest.approx(2 / 60) and all(torch.isfinite(g).all() for g in got)
         assert all(g.abs().max() < 1e-20 for g in got)
 
 
-@over_backends
+@with_triton
 @pytest.mark.parametrize("n", [5, 60])
 def test_nan_is_seen(backend, n):
     x, y = features(n, 5, dtype=torch.float32)
     x[3, 1] = float("nan")
     for run in (energy_distance, mmd, partial(mmd, kernel="polynomial"), partial(mmd, bandwidths=1.0)):
-        assert torch.isnan(run(x, y, backend=backend))
-        assert torch.isnan(run(x, x, backend=backend))
+        assert torch.isnan(on(run, backend)(x, y))
+        assert torch.isnan(on(run, backend)(x, x))
 
 
 @over_backends
@@ -384,15 +429,16 @@ def test_agrees_with_geomloss(backend):
             assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
-@native
-def test_classes_are_problems_of_their_own():
+@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "reference"])
+def test_classes_are_problems_of_their_own(backend):
     """Small ones beside one another, large ones after one another; rows in any order."""
+    large, small, classes = (50, 40, 9) if backend == "triton" else (500, 300, 60)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.cat((torch.full((500,), 4), torch.randint(5, 60, (300,), generator=generator)))
-    labels = labels[torch.randperm(800, generator=generator)]
-    x, y = features(800, 33, dtype=torch.float32)
+    labels = torch.cat((torch.full((large,), 4), torch.randint(5, classes, (small,), generator=generator)))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    x, y = features(len(labels), 33, dtype=torch.float32)
     for run in (energy_distance, partial(mmd, estimator="unbiased", bandwidths=8.0), mmd):
-        got = gradients(run, x, y, labels=labels, backend="cpu")
+        got = gradients(on(run, backend), x, y, labels=labels)
         truth = [torch.zeros((), dtype=torch.float64), x.double(), y.double()]
         for label in labels.unique():
             here = labels == label
@@ -442,17 +488,17 @@ def test_memory():
         assert resident("VmHWM") - before < 8 << 20
 
 
-@native
+@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "reference"])
 @pytest.mark.parametrize("op", ["mmd_fwd", "mmd_bwd"])
-def test_opcheck(op):
-    x, y = torch.randn(2, 7, 5), torch.randn(2, 7, 5)
-    labels = torch.arange(14).reshape(2, 7) % 3
+def test_opcheck(op, backend):
+    x, y = torch.randn(2, 2, 7, 5, device=device_of(backend))
+    labels = torch.arange(14, device=x.device).reshape(2, 7) % 3
     for others in (
         (None, None, None, None, 0, False),
-        (labels, torch.rand(2, 7), None, torch.tensor([1.0, 2.0]), 1, True),
+        (labels, torch.rand(2, 7).to(x.device), None, torch.tensor([1.0, 2.0]).to(x.device), 1, True),
     ):
         for needs in ([True, True], [False, True], [False, False]):
-            torch.library.opcheck(getattr(torch.ops.kdkernels, op).default, (x, y, *others, needs, "cpu"))
+            torch.library.opcheck(getattr(torch.ops.kdkernels, op).default, (x, y, *others, needs, backend))
 
 
 @native
