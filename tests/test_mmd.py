@@ -170,7 +170,7 @@ def test_unbiased_needs_two_samples(backend):
 
 @with_triton
 def test_bandwidths(backend):
-    x, y = features(6 if backend == "triton" else 60, 5, m=40, backend=backend)
+    x, y = features(*((12, 5) if backend == "triton" else (60, 5)), m=20, backend=backend)
     one = partial(on(mmd, backend), x, y)
     for kernel in ("rbf", "laplacian", "imq", "polynomial"):
         several = [3.0, 0.5, 6.0, 12.0, 1.0]
@@ -284,8 +284,7 @@ TILES = {  # rows, steps of columns and of features, and features of a program's
 
 
 @triton
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("kernel", ["rbf", "polynomial", "energy"])
+@pytest.mark.parametrize(("kernel", "tile"), zip(("rbf", "polynomial", "energy"), TILES))
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(1, 33, 17), (16, 31, 70), (33, 32, 49), (65, 40, 20), (20, 70, 33), (5, 1, 80)]
 )
@@ -316,7 +315,9 @@ def test_near_samples(backend, kernel, noise, offset, monkeypatch):
     """Pairs far nearer than the samples are far from 0: |a|² + |b|² − 2 ab would say nothing of them."""
     half = 50
     if backend == "triton":
-        half = 20
+        if noise == 1e-3:
+            pytest.skip("slow, and between two others")
+        half = 15
         blocks = TILES["memory" if offset else "registers"]
         monkeypatch.setattr(triton_mmd, "tile", lambda *sizes: triton_mmd.Tile(*blocks))
     x, _ = features(2 * half, 24)
@@ -357,8 +358,8 @@ def test_narrow_bandwidth(backend, kernel):
 @with_triton
 @pytest.mark.parametrize("n", [20, 300])
 def test_equal_in_another_order(backend, n):
-    if backend == "triton":
-        n = min(n, 40)
+    if backend == "triton" and n == 300:
+        pytest.skip("slow")
     x, _ = features(n, 40, dtype=torch.float32)
     y = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     for run in (energy_distance, partial(mmd, kernel="laplacian"), partial(mmd, bandwidths=[4.0, 8.0])):
@@ -497,7 +498,7 @@ def test_opcheck(op, backend):
         (None, None, None, None, 0, False),
         (labels, torch.rand(2, 7).to(x.device), None, torch.tensor([1.0, 2.0]).to(x.device), 1, True),
     ):
-        for needs in ([True, True], [False, True], [False, False]):
+        for needs in ([True, True], [False, True], [False, False])[: 1 if backend == "triton" else 3]:
             torch.library.opcheck(getattr(torch.ops.kdkernels, op).default, (x, y, *others, needs, backend))
 
 

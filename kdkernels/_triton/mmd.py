@@ -406,9 +406,11 @@ def _evaluate(
                 value += power
                 slope -= (inverse * half) * power
             elif KERNEL == POLYNOMIAL:
-                base = x * inverse * inverse + 1.0
-                value += base * base * base
-                slope += 3.0 * inverse * inverse * base * base
+                rate = inverse * inverse
+                base = x * rate + 1.0
+                square = base * base
+                value += square * base
+                slope += (3.0 * rate) * square
             else:
                 rate = tl.minimum(inverse * inverse, LARGEST)
                 ratio = 1.0 / (1.0 + rate * x)
