@@ -368,6 +368,17 @@ def test_equal_in_another_order(backend, n):
         assert all(g.abs().max() < 1e-6 for g in got)
 
 
+@with_triton
+def test_equal_samples_of_other_weights(backend):
+    """What is equal has distance 0 only if it weighs the same."""
+    x, _ = features(6, 5, dtype=torch.float32)
+    u = torch.tensor([1.0, 1, 1, 1, 1, 4])
+    truth = gradients(mmd, x.double(), x.double(), bandwidths=3.0, x_weights=u, backend="reference")
+    got = gradients(on(mmd, backend), x, x, bandwidths=3.0, x_weights=u)
+    assert truth[0] > 1e-2
+    assert_equal_up_to_rounding(got, truth)
+
+
 @over_backends
 def test_second_derivative_where_equal(backend):
     """Zero loss and gradient are no constants: of one sample, MMD² is k(0)·2 − 2 k(r)."""
