@@ -763,6 +763,7 @@ TRITON = (
     "gaussian",
     "linear_loss",
     "masked_feature_loss",
+    "mmd",
 )
 # What the native module has for the CPU alone.
 NATIVE_CPU = {

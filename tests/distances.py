@@ -40,10 +40,10 @@ CASES = {
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
     "coral": Case(kdkernels.coral, ("reference", "cpu"), repeats=False),
-    "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu"), terms=12),
+    "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu", "triton"), terms=12),
     "mmd, unbiased": Case(
         partial(kdkernels.mmd, bandwidths=6.0, estimator="unbiased"),
-        ("reference", "cpu"),
+        ("reference", "cpu", "triton"),
         repeats=False,
         signed=True,
         terms=4,
@@ -56,7 +56,7 @@ CASES = {
         partial(kdkernels.mmd, kernel="imq", bandwidths=(3.0, 9.0)), ("reference", "cpu"), terms=8
     ),
     "mmd, linear": Case(partial(kdkernels.mmd, kernel="linear"), terms=4),
-    "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu"), terms=20),
+    "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu", "triton"), terms=20),
     "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),

@@ -51,8 +51,8 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
-TRITON_GAUSSIAN, TRITON_MASKED = (
-    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss")
+TRITON_GAUSSIAN, TRITON_MASKED, TRITON_MMD = (
+    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss", "mmd")
 )
 METHODS = "kdkernels/methods"
 
@@ -350,6 +350,33 @@ MUTATIONS = [
     Mutation("mmd cpu: one class", CPU_MMD, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
     Mutation("mmd op: buffer handed out twice", OP_NATIVE, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
     Mutation("mmd op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
+    Mutation("mmd triton: zero gradient", TRITON_MMD, "4.0 * (slopes[:, None] * z - grad)", "0.0 * (slopes[:, None] * z - grad)", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: zero gradient of products", TRITON_MMD, "of_rows = 2.0 * grad", "of_rows = 0.0 * grad", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: sign of the gradient", TRITON_MMD, "(slopes[:, None] * z - grad)", "(grad - slopes[:, None] * z)", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: sign of the pairs across", TRITON_MMD, "tl.where(across, -share_i, own_i)", "tl.where(across, share_i, own_i)", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: pairs across counted once", TRITON_MMD, "tl.where(of_y, 0.0, -2.0)", "tl.where(of_y, 0.0, -1.0)", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: pairs i = i counted", TRITON_MMD, "            weight = tl.where(same, 0.0, weight)\n        if not", "            weight *= 1.0\n        if not", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: slopes of pairs i = i", TRITON_MMD, "                weight = tl.where(same, 0.0, weight)\n            c", "                weight *= 1.0\n            c", distance("mmd", "narrow and triton")),
+    Mutation("mmd triton: weights ignored", TRITON_MMD, "weight = tl.load(weights_ptr + row, mask=exists, other=0.0)", "weight *= 1.0", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: unbiased without its factor", TRITON_MMD, "share * within, mask", "share, mask", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: one sample is enough", TRITON_MMD, "(x_count > 1) & (y_count > 1)", "(x_count > 0) & (y_count > 0)", distance("mmd", "needs_two and triton")),
+    Mutation("mmd triton: last samples skipped", TRITON_MMD, "there = j < tl.where(across, other_end, end)", "there = j < tl.where(across, other_end, end) - 1", distance("mmd", "every_tile")),
+    Mutation("mmd triton: last features skipped", TRITON_MMD, "inside = (column < features)[None, :]", "inside = (column < features - 1)[None, :]", distance("mmd", "every_tile")),
+    Mutation("mmd triton: last step alone", TRITON_MMD, "tl.dot(a, tl.trans(b), products,", "tl.dot(a, tl.trans(b), 0.0 * products,", distance("mmd", "every_tile")),
+    Mutation("mmd triton: last block of features alone", TRITON_MMD, "grad = tl.dot(c, b, grad,", "grad = tl.dot(c, b, 0.0 * grad,", distance("mmd", "every_tile")),
+    Mutation("mmd triton: sums from what memory held", TRITON_MMD, "            _store_rows(sums_ptr, row, exists, feature + f, depth, grad)\n    for step", "            pass\n    for step", distance("mmd", "every_tile")),
+    Mutation("mmd triton: halves counted once", TRITON_MMD, "j[None, :] > i[:, None], 2.0", "j[None, :] > i[:, None], 1.0", distance("mmd", "every_tile")),
+    Mutation("mmd triton: near pairs not differenced", TRITON_MMD, "NEAR = tl.constexpr(1 / 64)", "NEAR = tl.constexpr(0.0)", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: near pairs without gradient", TRITON_MMD, "grad -= c * away", "grad -= 0.0 * c * away", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: the first near pair alone", TRITON_MMD, "q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)", "q = BLOCK_N", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: x is not centred", TRITON_MMD, "x - centre, 0.0", "x - 0.0 * centre, 0.0", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: equal is what rounding leaves", TRITON_MMD, "& (apart != 0)", "& (apart >= 0)", distance("features", "exactly_zero and triton and (mmd or energy)")),
+    Mutation("mmd triton: other weights are equal", TRITON_MMD, "(u != v) | (differs != 0)", "differs != 0", distance("mmd", "other_weights and triton")),
+    Mutation("mmd triton: a little less than nothing", TRITON_MMD, "loss.clamp_(min=0)", "pass", distance("mmd", "another_order and triton")),
+    Mutation("mmd triton: mean distance within only", TRITON_MMD, "if KERNEL == DISTANCE:\n            of_value = share_i", "if KERNEL == DISTANCE:\n            of_value = tl.where(across, 0.0, share_i)", distance("mmd", "mean_distance and triton")),
+    Mutation("mmd triton: the first bandwidth alone", TRITON_MMD, "1 if bandwidths.dim() == 2 else len(bandwidths)", "1", distance("mmd", "definition and triton")),
+    Mutation("mmd triton: classes mixed", TRITON_MMD, "live = live & (j[None, :] >= class_begin)", "live = live | (j[None, :] >= class_begin)", distance("mmd", "classes_are and triton")),
+    Mutation("mmd triton: gradients in the classes' order", TRITON_MMD, "to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)", "to = i.to(tl.int64)", distance("mmd", "classes_are and triton")),
     Mutation("mmd: mean distance has a gradient", OP_MMD, "@torch.no_grad()\ndef _mean_distance", "def _mean_distance", distance("mmd", "mean_distance")),
     Mutation("mmd: what cancels drowns the rest", OP_MMD, "torch.where(squared == 0, 0, grad_output)", "grad_output", distance("mmd", "narrow")),
     Mutation("mmd: second derivative of equal samples", OP_MMD, "if not torch.is_grad_enabled():", "if True:", distance("mmd", "second_derivative")),

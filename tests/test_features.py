@@ -24,6 +24,8 @@ import kdkernels
 from kdkernels.ops.features import by_class, segments, sizes
 
 LABELLED = [(name, backend) for name, backend in GRID if CASES[name].labels]
+# The interpreter takes a minute for these.
+SLOW = [(name, "triton") for name in CASES if name.startswith(("mmd", "energy"))]
 FLOAT64 = [(name, backend) for name, backend in GRID if backend != "triton"]
 over_float64 = pytest.mark.parametrize(("name", "backend"), FLOAT64, ids=[f"{n}-{b}" for n, b in FLOAT64])
 over_labelled = pytest.mark.parametrize(("name", "backend"), LABELLED, ids=[f"{n}-{b}" for n, b in LABELLED])
@@ -109,6 +111,10 @@ def test_equal_batches_are_exactly_zero(name, backend, dtype, shape):
     function = ready(name, backend, weighted=False)
     if CASES[name].signed:
         pytest.skip("not 0 where x equals y")
+    if (name, backend) in SLOW:
+        if dtype == torch.float64:
+            pytest.skip("float32 again")
+        shape = (min(shape[0], 40), shape[1])
     x, _ = features(*shape, dtype=dtype, backend=backend)
     x[:, 1] = 0  # a dead unit
     x[:, 2] = 0.1  # one that is stuck
@@ -316,9 +322,12 @@ def test_autocast_leaves_statistics_alone(name, backend):
     assert_equal_up_to_rounding([under], [function(x, y)])
 
 
+ANY = [pair for pair in GRID if pair not in SLOW]
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize(("name", "backend"), GRID, ids=[f"{n}-{b}" for n, b in GRID])
+@pytest.mark.parametrize(("name", "backend"), ANY, ids=[f"{n}-{b}" for n, b in ANY])
 def test_any_shapes_and_weights(name, backend, data):
     """Finite, not negative, and near the reference in float64."""
     batch = data.draw(st.lists(st.integers(1, 3), max_size=2), label="batch")

@@ -32,6 +32,7 @@ SHARED = {
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
 }  # bytes a program may have
+DISTANCE = 5  # the kernel of mmd's mean distance
 SIDES = ["input", "input_weight", "input_bias", "target", "target_weight", "target_bias"]
 
 
@@ -127,6 +128,43 @@ def cases(target: str) -> list[dict[str, Any]]:
             case("gaussian", dtype, 512, tensors, samples=128, distance=1, labels=True)
             for dtype in ("float32", "bfloat16")
             for tensors in (["grad_x"], ["grad_x", "grad_y", "x_weights", "y_weights"])
+        ),
+        # Gradients of all features in one program, and in parts; then classes; then what leads to the pairs.
+        *(
+            case("mmd", dtype, 512, ["grad_x", "grad_y"], samples=samples, of=kernel)
+            for dtype, kernels in (("float32", range(5)), ("float16", (0,)), ("bfloat16", (4,)))
+            for samples in (128, 8192)
+            for kernel in kernels
+        ),
+        *(
+            case(
+                "mmd",
+                dtype,
+                512,
+                ["grad_x", *more],
+                samples=samples,
+                of=kernel,
+                labels=True,
+                unbiased=True,
+            )
+            for dtype, samples, kernel, more in (
+                ("float32", 128, 0, ["grad_y", "x_weights", "y_weights"]),
+                ("bfloat16", 8192, 1, []),
+            )
+        ),
+        *(case("mmd", "float32", 512, [], samples=samples, of=DISTANCE) for samples in (128, 8192)),
+        *(
+            case("mmd", dtype, features, [], samples=128, of=0, stage="mmd_prepare_kernel")
+            for dtype in DTYPES
+            for features in (100, 512)
+        ),
+        *(
+            case("mmd", "float32", 512, tensors, samples=128, of=0, stage=stage, **options)
+            for stage in ("mmd_shares_kernel", "mmd_bandwidth_kernel")
+            for tensors, options in (
+                ([], {}),
+                (["x_weights", "y_weights"], {"labels": True, "unbiased": True}),
+            )
         ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
@@ -262,6 +300,17 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
         arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
+    elif case["kernel"] == "mmd":
+        name = options.get("stage", "mmd_pairs_kernel")
+        x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
+        each = torch.empty(2, options["samples"], device="meta")
+        weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
+        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        labels = each.long() if options.get("labels") else None
+        # The mean distance's kernels are started where no bandwidths are given.
+        bandwidths = torch.empty(3, device="meta") if name == "mmd_pairs_kernel" else None
+        arguments = (x, x, labels, *weights, bandwidths, options["of"], options.get("unbiased", False))
+        arguments += (row, *grads)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -304,6 +353,11 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         return 1, 1
     if kernel == "linear_loss":
         return 0, grads  # what it loads is copied to shared memory
+    if kernel == "mmd":
+        if "stage" in options:
+            # Both sides, and the samples that their centre is made of.
+            return (4, 2) if options["stage"] == "mmd_prepare_kernel" else (0, 0)
+        return 0, len({"grad_x", "grad_y"} & set(tensors))
     if kernel == "gaussian":
         grads = len({"grad_x", "grad_y"} & set(tensors))
         if options["samples"] == 128:

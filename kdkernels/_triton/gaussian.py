@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kdkernels._triton.classes import classes_of
+
 
 class Tile(NamedTuple):
     """A program takes block_d columns of one of `splits` runs of samples and walks along it by block_n samples."""
@@ -460,15 +462,6 @@ def gaussian_kernel(
             inside,
             BLOCK_N,
         )
-
-
-def classes_of(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (B, n) -> (B, n), (B, n + 1)
-    """The samples in the order of their classes, and where each class starts; those that are not there, at n."""
-    ordered, order = labels.sort(dim=1, stable=True)
-    number = torch.zeros_like(ordered)
-    torch.cumsum(ordered[:, 1:] != ordered[:, :-1], 1, out=number[:, 1:])
-    each = torch.arange(labels.shape[1] + 1, device=labels.device).expand(labels.shape[0], -1)
-    return order, torch.searchsorted(number, each.contiguous())
 
 
 def gaussian(

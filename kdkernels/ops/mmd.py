@@ -16,7 +16,7 @@ where that would be much smaller than |a|² + |b|², so it is exact for equal sa
 
 Saved by the native form: the inputs, and the gradient that the forward already computed. The first backward hands that
 buffer out; any later one computes it again. Second derivatives, and those of weights, go through the reference. Memory
-beyond the gradients: x and y twice, in float32.
+beyond the gradients: x and y once or twice, in float32.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _of_kernel(
     )
 
 
-_native = native_distance("mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel)
+_native = native_distance("mmd", "Tensor? bandwidths, int kernel, bool unbiased", _of_kernel, ("CPU", "CUDA"))
 
 
 def _distance(
@@ -259,7 +259,8 @@ def _distance(
     backend: str | None,
 ) -> Tensor:
     check_features(x, y)
-    backend = resolve(backend, x, "x", has=("reference",) if kernel == "linear" else ("reference", "cpu"))
+    has = ("reference",) if kernel == "linear" else ("reference", "cpu", "triton")
+    backend = resolve(backend, x, "x", has=has)
     bandwidths = _check_bandwidths(bandwidths, kernel, x)
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
@@ -328,8 +329,8 @@ def mmd(
     biased (V-statistic):    Σ_ij k(x_i, x_j)/n² + Σ_ij k(y_i, y_j)/m² − 2 Σ_ij k(x_i, y_j)/(nm)
     unbiased (U-statistic):  Σ_i≠j k(x_i, x_j)/(n(n−1)) + Σ_i≠j k(y_i, y_j)/(m(m−1)) − 2 Σ_ij k(x_i, y_j)/(nm)
 
-    The biased one is never negative, and exactly 0 with a finite gradient where x equals y (0 on backend "cpu"). The
-    unbiased one is 0 in expectation where the distributions are equal, and may be negative.
+    The biased one is never negative, and exactly 0 with a finite gradient where x equals y (0 on "cpu" and "triton").
+    The unbiased one is 0 in expectation where the distributions are equal, and may be negative.
 
     KD²M (arXiv 2504.01757): ``mmd(x, y)`` and ``mmd(x, y, kernel="linear")``, λ 1e-4 beside CE 1.
 
@@ -354,8 +355,8 @@ def mmd(
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the distances of the
             classes, **summed** over the classes present in each problem. (The reference waits for a GPU, to know the
             classes' sizes.)
-        backend: "reference", or "cpu" (not linear); None takes the best that there is. A named one is obeyed or raises.
-            The reference holds all pairs in memory, "cpu" a tile of them.
+        backend: "reference", or "cpu" and "triton" (not linear); None takes the best that there is. A named one is
+            obeyed or raises. The reference holds all pairs in memory, the others tiles of them.
 
     A problem, or class, without a sample of positive weight on each side (unbiased: two on each side) is 0.
 
@@ -386,8 +387,8 @@ def energy_distance(
 ) -> Tensor:
     r"""Energy distance of two batches of features, 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖, over all pairs; no root.
 
-    Never negative, and exactly 0 with a finite gradient where x equals y (0 on backend "cpu"). The gradient of ‖a − b‖
-    is 0 where a equals b. geomloss' ``energy`` is half of it.
+    Never negative, and exactly 0 with a finite gradient where x equals y (0 on "cpu" and "triton"). The gradient of
+    ‖a − b‖ is 0 where a equals b. geomloss' ``energy`` is half of it.
 
     Args:
         x: (..., n, d) features: float32, float16, bfloat16, float64. Leading dimensions are independent problems.
@@ -397,8 +398,8 @@ def energy_distance(
             that has no samples, is 0.
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the distances of the
             classes, **summed** over the classes present in each problem. A class of one sample gives 2 ‖x_i − y_i‖.
-        backend: "reference" or "cpu"; None takes the best that there is. A named one is obeyed or raises. The reference
-            holds all pairs in memory, "cpu" a tile of them.
+        backend: "reference", "cpu" or "triton"; None takes the best that there is. A named one is obeyed or raises. The
+            reference holds all pairs in memory, the others tiles of them.
 
     Returns:
         (...): float32, or float64 for float64 features.
