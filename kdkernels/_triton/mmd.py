@@ -540,6 +540,8 @@ def mmd_pairs_kernel(
     block_k = tl.arange(0, BLOCK_K)
     block_d = tl.arange(0, BLOCK_D)
     feature = tl.program_id(1) * part + block_d
+    # Rows without a gradient have none of its blocks.
+    part = tl.where(needs, part, 0)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
     slopes = tl.zeros((BLOCK_M,), tl.float32)
@@ -611,7 +613,7 @@ def mmd_pairs_kernel(
             weight = tl.where(near, 0.0, weight)
         value, slope = _evaluate(x, bandwidth_ptr, exists_2d, count, KERNEL)
         total += of_value * tl.sum(tl.where(weight > 0.0, weight * value, 0.0), 1)
-        if (GRAD_X or GRAD_Y) and needs != 0:
+        if GRAD_X or GRAD_Y:
             if KERNEL != POLYNOMIAL:
                 weight = tl.where(same, 0.0, weight)
             c = of_slope[:, None] * tl.where(weight > 0.0, weight * slope, 0.0)
@@ -627,7 +629,7 @@ def mmd_pairs_kernel(
                     _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
 
     tl.store(rows_ptr + row, total, mask=exists & (tl.program_id(1) == 0))
-    if (GRAD_X or GRAD_Y) and needs != 0:
+    if GRAD_X or GRAD_Y:
         to = i.to(tl.int64)
         if order_ptr is not None:
             to = tl.load(order_ptr + problem * x_samples + i, mask=exists, other=0)
