@@ -663,6 +663,7 @@ TRITON = (
     "gaussian",
     "linear_loss",
     "masked_feature_loss",
+    "sliced_wasserstein",
 )
 # What the native module has for the CPU alone.
 NATIVE_CPU = {

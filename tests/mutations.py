@@ -50,14 +50,18 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
-TRITON_GAUSSIAN, TRITON_MASKED = (
-    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss")
+TRITON_GAUSSIAN, TRITON_MASKED, TRITON_SLICED = (
+    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss", "sliced_wasserstein")
 )
 METHODS = "kdkernels/methods"
 
 
 def gaussian(backend: str, *words: str) -> str:
     return grid(backend, *(words or ("diagonal", "sizes")), op="gaussian")
+
+
+def sliced(*words: str) -> str:
+    return grid("triton", *words, op="sliced_wasserstein")
 
 
 def masked(backend: str) -> str:
@@ -341,6 +345,19 @@ MUTATIONS = [
     Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),
     Mutation("sliced cpu: minus signs sort upside down", CPU_SLICED, "return bits & kSign ? ~bits : bits | kSign;", "return bits ^ kSign;", distance("sliced_wasserstein", "special or every")),
     Mutation("sliced cpu: weights ignored", CPU_SLICED, "if (weights != nullptr) sum +=", "if (false) sum +=", distance("sliced_wasserstein", "scipy")),
+    Mutation("sliced triton: zero gradient", TRITON_SLICED, "grad = slope / n", "grad = 0.0 * slope / n", sliced("one_dimension")),
+    Mutation("sliced triton: sign of y's gradient", TRITON_SLICED, "(y & 0xFFFFFFFF)), -grad", "(y & 0xFFFFFFFF)), grad", sliced("one_dimension")),
+    Mutation("sliced triton: gradients of other samples", TRITON_SLICED, "(start + (x & 0xFFFFFFFF))", "(start + tl.arange(0, BLOCK_N)[None, :])", sliced("one_dimension")),
+    Mutation("sliced triton: last samples skipped", TRITON_SLICED, "inside = exists[:, None] & (tl.arange(0, BLOCK_N)[None, :] < n)", "inside = exists[:, None] & (tl.arange(0, BLOCK_N)[None, :] < n - 1)", sliced("one_dimension")),
+    Mutation("sliced triton: minus signs sort upside down", TRITON_SLICED, "bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)", "bits, 0x7FFFFFFF)", sliced("special")),
+    Mutation("sliced triton: nothing behind the last sample", TRITON_SLICED, "0x7FFFFFFF)\n    return tl.sort", "0)\n    return tl.sort", sliced("one_dimension")),
+    Mutation("sliced triton: merged, zero gradient", TRITON_SLICED, "slope += tl.where(meets, mass * each_slope, 0.0)", "slope += 0.0", sliced("merged")),
+    Mutation("sliced triton: merged, order ignored", TRITON_SLICED, "place = tl.load(x_order_ptr + (row * n + i), mask=inside, other=0)\n        tl.store(grad", "place = i\n        tl.store(grad", sliced("merged")),
+    Mutation("sliced triton: merged, only the first sample met", TRITON_SLICED, "walks = walks & (low < high) & (j < m)", "walks = walks & (j < 0)", sliced("merged")),
+    Mutation("sliced triton: merged, begun too late", TRITON_SLICED, "j = (low * m).to(tl.int32)", "j = (low * m).to(tl.int32) + 1", sliced("merged")),
+    Mutation("sliced triton: merged, search that goes too far", TRITON_SLICED, "middle + 1, j)", "middle + 2, j)", sliced("merged")),
+    Mutation("sliced triton: merged, weights of the first problem", TRITON_SLICED, "row // projections * n + place", "place", sliced("merged")),
+    Mutation("sliced triton: merged, sums begin again", TRITON_SLICED, "before = tl.max(sums, 1)[:, None]", "before = 0.0 * before", sliced("scipy")),
     Mutation("sinkhorn cpu: zero gradient", CPU_SINKHORN, "sign * factor * a[i + r],", "0 * sign * factor * a[i + r],", sinkhorn("cpu", "loss_and")),
     Mutation("sinkhorn cpu: sign of y's gradient", CPU_SINKHORN, "transport_.gradient(true, 1, grad_y", "transport_.gradient(true, -1, grad_y", sinkhorn("cpu", "loss_and")),
     Mutation("sinkhorn cpu: no gradient of OT(x, x)", CPU_SINKHORN, "if (grad_x || grad_a || plan_x) transport_", "if (false) transport_", sinkhorn("cpu", "loss_and")),

@@ -21,6 +21,7 @@ from kdkernels._triton import masked_feature_loss as triton_masked
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
+from kdkernels._triton import sliced_wasserstein as triton_sliced
 from kdkernels._triton import topk_kl_div as triton_topk
 
 pytestmark = [
@@ -513,6 +514,38 @@ def test_gaussian_of_classes(dtype: torch.dtype) -> None:
     assert traffic.total == moved + places + 4 * blocks * problems * samples
     assert traffic.launches == 1
     assert (loss > 0).all() and all(z.isfinite().all() and (z != 0).any() for z in outputs)
+
+
+@pytest.mark.parametrize("weighted", [(), ("x",), ("x", "y")], ids=["", "weighted", "both weighted"])
+@pytest.mark.parametrize(("n", "m"), [(13, 13), (150, 150), (200, 70)])
+def test_sliced_wasserstein(n: int, m: int, weighted: tuple[str, ...]) -> None:
+    """Sorted on the chip, rows and gradients move once; merged, a sample of the other side is met once a level."""
+    problems, projections, generator = 2, 3, torch.Generator().manual_seed(n)
+    x, y = (torch.randn(problems, projections, k, generator=generator) for k in (n, m))
+    x_weights, y_weights = (
+        torch.rand(problems, k, generator=generator) + 0.1 if side in weighted else None
+        for side, k in (("x", n), ("y", m))
+    )
+    for grads in ((), ("grad_x",), ("grad_x", "grad_y")):
+        outputs = [
+            torch.full_like(z, float("nan")) if k in grads else None
+            for k, z in (("grad_x", x), ("grad_y", y))
+        ]
+        loss = torch.full((problems, projections), float("nan"))
+        with count_traffic() as traffic:
+            triton_sliced.sliced_wasserstein(x, y, x_weights, y_weights, 2.0, loss, *outputs)
+        claimed = triton_sliced.bytes_moved(
+            problems * projections, n, m, weighted=weighted, outputs=("loss", *grads)
+        )
+        if n == m and not weighted:
+            assert (
+                claimed == x.nbytes + y.nbytes + sum(z.nbytes for z in outputs if z is not None) + loss.nbytes
+            )
+        assert traffic.total <= 1.05 * claimed
+        assert traffic.total >= (0.9 if weighted else 1) * claimed
+        assert traffic.launches == (1 if n == m and not weighted else 1 + len(weighted))
+        assert (loss > 0).all()
+        assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

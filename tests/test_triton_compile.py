@@ -128,6 +128,19 @@ def cases(target: str) -> list[dict[str, Any]]:
             for dtype in ("float32", "bfloat16")
             for tensors in (["grad_x"], ["grad_x", "grad_y", "x_weights", "y_weights"])
         ),
+        # Rows that share a warp and the longest that a program sorts; those that torch sorts, and weights.
+        *(
+            case("sliced_wasserstein", "float32", samples, ["grad_x", "grad_y"], p=p)
+            for samples, p in ((16, 1.0), (4096, 2.0), (4096, 3.0))
+        ),
+        *(
+            case("sliced_wasserstein", "float32", 8192, tensors, p=p, stage=stage)
+            for tensors, p, stage in (
+                (["grad_x", "grad_y"], 2.0, "merge_kernel"),
+                (["grad_x", "grad_y", "x_weights", "y_weights"], 3.0, "merge_kernel"),
+                (["x_weights"], 2.0, "sum_weights_kernel"),
+            )
+        ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
         *(case("kl_div", "float32", classes, ["loss"]) for classes in (32000,)),
@@ -262,6 +275,12 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
         arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
+    elif case["kernel"] == "sliced_wasserstein":
+        name = options.get("stage", "equal_ranks_kernel")
+        x = torch.empty(2, 64, case["classes"], device="meta")
+        weights = [x[:, 0].contiguous() if key in tensors else None for key in ("x_weights", "y_weights")]
+        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        arguments = (x, x, *weights, options["p"], x[..., 0].contiguous(), *grads)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -309,6 +328,8 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         if options["samples"] == 128:
             return 2 + grads, grads
         return (1, 0) if options["stage"] == "gaussian_moments_kernel" else (grads, grads)
+    if kernel == "sliced_wasserstein":
+        return 2, 0  # each gradient is scattered, and weights are gathered
     if kernel == "masked_feature_loss":
         return 2, int("grad_student" in tensors)
     if kernel == "pool_mse":
@@ -343,6 +364,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
         torch.bfloat16: "bf16",
         torch.bool: "i1",
         torch.int64: "i64",
+        torch.float64: "fp64",
     }
     signature, constants, attributes = {}, {}, {}
 
