@@ -660,6 +660,7 @@ NATIVE = {
 # What Triton has: a problem's iterations in one block are C++.
 TRITON = (
     *(name for name in NATIVE if name != "sinkhorn"),
+    "coral",
     "gaussian",
     "linear_loss",
     "masked_feature_loss",

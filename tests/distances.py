@@ -39,7 +39,7 @@ CASES = {
     "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu", "triton")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
-    "coral": Case(kdkernels.coral, (None, "reference"), repeats=False),
+    "coral": Case(kdkernels.coral, (None, "reference", "triton"), repeats=False),
     "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu"), terms=12),
     "mmd, unbiased": Case(
         partial(kdkernels.mmd, bandwidths=6.0, estimator="unbiased"),

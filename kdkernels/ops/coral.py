@@ -12,19 +12,23 @@ The first is one product of d·d·n, taken where d ≤ n; the second needs no d�
 
 Gradient: 4 A (C_x − C_y) of A, and −4 B (C_x − C_y) of B; with n < d, (S ± D)(DᵀS + SᵀD), whose inner products the
 forward has. Saved: A and B, or D and S, and those products.
+
+The products are torch's on every backend; Triton makes D and S in 2 reads of x and y, and the squares in 1 read of the
+products.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.backend import full_precision, resolve, statistics_dtype
+from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import (
     FeatureLoss,
+    as_problems,
     by_class,
     by_reference,
     centre,
@@ -70,20 +74,106 @@ def _unbiased_root(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, T
     """Whether there is a covariance (...,), the A (..., n, d) whose AᵀA is it, Σ w (x − μ)(x − μ)ᵀ / (1 − Σ w²), and
     what of the centred samples A is (..., n, 1)."""
     _, _, centred = centre(x, weights)
+    there, scale = _scale(x, weights)
+    if isinstance(there, bool):
+        there = torch.full(x.shape[:-2], there, device=x.device)
+    return there, centred * scale, scale
+
+
+def _scale(x: Tensor, weights: Tensor | None) -> tuple[Tensor | bool, Tensor | float]:
+    """Whether there is a covariance (...,), and what of the centred samples its root is (..., n, 1)."""
     if weights is None:
         n = x.shape[-2]
-        scale = 1 / max(n - 1, 1) ** 0.5
-        return torch.full(x.shape[:-2], n > 1, device=x.device), centred * scale, scale
+        return n > 1, 1 / max(n - 1, 1) ** 0.5
     share = proportions(weights, x)
     left = 1 - share.square().sum(-1, keepdim=True)
     there = (share > 0).sum(-1) > 1
-    scales = square_root(share / torch.where(there[..., None], left, 1))[..., None]
-    return there, centred * scales, scales
+    return there, square_root(share / torch.where(there[..., None], left, 1))[..., None]
+
+
+# The squared distances of the problems' covariances; then, where a gradient is needed, what it is made of: A and B as
+# `needs` says and C_x − C_y, or S over D and their inner products. The weights are shares, scales and the number of the
+# first sample with weight, or none.
+LIBRARY.define(
+    "coral(Tensor x, Tensor y, Tensor[] x_weights, Tensor[] y_weights, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """All that a kernel fills, in its order, and what of that the op returns."""
+    problems, n, d = x.shape
+    m, rows = y.shape[1], max(n, y.shape[1])
+
+    def new(*shape: int) -> Tensor:
+        return x.new_empty(problems, *shape, dtype=statistics_dtype(x.dtype))
+
+    samples, loss = new(2 * rows, d), new()
+    if d > rows:
+        products = new(2 * rows, 2 * rows)
+        return [samples, products, loss, None, None, None], [
+            loss,
+            *([samples, products] if any(needs) else []),
+        ]
+    kept = [
+        new(n, d) if needs[0] else None,
+        new(m, d) if needs[1] else None,
+        new(d, d) if any(needs) else None,
+    ]
+    return [samples, new(d, d), loss, *kept], [loss, *(z for z in kept if z is not None)]
+
+
+def _body(x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:  # as in the schema
+    outputs, returned = _outputs(x, y, arguments[-2])
+    if x.shape[0]:
+        launcher(arguments[-1], "coral")(x, y, *arguments[:-2], *outputs)
+    return returned
+
+
+def _fake(x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:
+    return _outputs(x, y, arguments[-2])[1]
+
+
+LIBRARY.impl("coral", _body, "CPU")
+LIBRARY.impl("coral", _body, "CUDA")
+torch.library.register_fake("kdkernels::coral", _fake, lib=LIBRARY)
+
+
+def _run(
+    x: Tensor,  # (..., n, d)
+    y: Tensor,  # (..., m, d)
+    weights: Sequence[Tensor | None],  # (..., n), (..., m)
+    scales: Sequence[Tensor | float],  # (..., n, 1), (..., m, 1), or of all samples
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The squared distances (...,), and what `_Coral` keeps."""
+    batch, rows = x.shape[:-2], max(x.shape[-2], y.shape[-2])
+    given: list[list[Tensor]] = []
+    for z, weight, scale in zip((x, y), weights, scales):
+        given.append([])
+        if weight is not None and isinstance(scale, Tensor) and z.shape[-2]:
+            first = (weight > 0).to(torch.int8).argmax(-1)
+            of_samples = (
+                as_problems(each, 1).contiguous() for each in (proportions(weight, z), scale[..., 0])
+            )
+            given[-1] = [*of_samples, first.reshape(-1)]
+    a, b = (as_problems(z, 2) for z in (x, y))
+    a, b = (z if z.stride(2) == 1 else z.contiguous() for z in (a, b))
+    run = _body if unobserved(x) else torch.ops.kdkernels.coral
+    loss, *found = run(a, b, *given, needs, backend)
+    found = [z.view(*batch, *z.shape[1:]) for z in found]
+    if found and x.shape[-1] > rows:
+        samples, products = found
+        total, difference = samples[..., :rows, :], samples[..., rows:, :]
+        of_total, cross = products[..., :rows, :rows], products[..., :rows, rows:]
+        return loss.view(batch), [difference, total, cross, products[..., rows:, rows:], of_total]
+    each = iter(found)
+    return loss.view(batch), [next(each) if need else None for need in (*needs, any(needs))]
 
 
 class _Coral(torch.autograd.Function):
-    """`coral_reference` without labels and without gradients of the weights, whose backward takes two products (of a
-    side) where autograd takes four."""
+    """`coral_reference` without labels, whose backward takes two products (of a side) where autograd takes four. Second
+    derivatives, and those of weights, go through the reference."""
 
     @staticmethod
     def forward(
@@ -92,56 +182,71 @@ class _Coral(torch.autograd.Function):
         y: Tensor,  # (..., m, d)
         x_weights: Tensor | None,  # (..., n)
         y_weights: Tensor | None,  # (..., m)
+        backend: str,
     ) -> Tensor:  # (...,)
-        dtype = statistics_dtype(x.dtype)
-        there_x, a, scale_x = _unbiased_root(x.to(dtype), x_weights)
-        there_y, b, scale_y = _unbiased_root(y.to(dtype), y_weights)
-        a, b = equal_rows(a, b)
-        difference, total = a - b, a + b
-        rows, d = a.shape[-2:]
-        there = (there_x & there_y).to(dtype) / (4 * d * d)
-        kept: tuple[Tensor, ...]
+        dtype, d = statistics_dtype(x.dtype), x.shape[-1]
+        (there_x, scale_x), (there_y, scale_y) = _scale(x, x_weights), _scale(y, y_weights)
+        both = there_x & there_y
+        there = (both.to(dtype) if isinstance(both, Tensor) else float(both)) / (4 * d * d)
+        kept: Sequence[Tensor | None]
         with full_precision(x):
-            if d <= rows:
-                cross = difference.mT @ total
-                kept = (a, b, 0.5 * (cross + cross.mT))
-                each = kept[2].square().sum((-2, -1))
+            if backend == "reference":
+                a, b = (centre(z.to(dtype), w)[2] for z, w in ((x, x_weights), (y, y_weights)))
+                a, b = equal_rows(a * scale_x, b * scale_y)
+                difference, total = a - b, a + b
+                if d <= a.shape[-2]:
+                    cross = difference.mT @ total
+                    covariance = 0.5 * (cross + cross.mT)
+                    kept = (a, b, covariance)
+                    each = covariance.square().sum((-2, -1))
+                else:
+                    cross = total @ difference.mT
+                    grams = (difference @ difference.mT, total @ total.mT)
+                    kept = (difference, total, cross, *grams)
+                    each = 0.5 * (grams[0] * grams[1] + cross * cross.mT).sum((-2, -1))
             else:
-                cross = total @ difference.mT
-                grams = (difference @ difference.mT, total @ total.mT)
-                kept = (difference, total, cross, *grams)
-                each = 0.5 * (grams[0] * grams[1] + cross * cross.mT).sum((-2, -1))
-        scales = [torch.as_tensor(scale, dtype=dtype, device=x.device) for scale in (scale_x, scale_y)]
-        ctx.save_for_backward(x, y, x_weights, y_weights, there, *scales, *kept)
+                scales, needs = (scale_x, scale_y), list(ctx.needs_input_grad[:2])
+                each, kept = _run(x, y, (x_weights, y_weights), scales, needs, backend)
+        factors = (there, scale_x, scale_y)
+        ctx.numbers = [None if isinstance(factor, Tensor) else factor for factor in factors]
+        tensors = (factor if isinstance(factor, Tensor) else None for factor in factors)
+        ctx.save_for_backward(x, y, x_weights, y_weights, *tensors, *kept)
         return each * there
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
-        x, y, x_weights, y_weights, there, scale_x, scale_y, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            reference = partial(coral_reference, x_weights=x_weights, y_weights=y_weights)
-            return (*by_reference(reference, (x, y), needs, grad_output, True), None, None)
+        inputs, tensors, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:7], ctx.saved_tensors[7:]
+        needs = ctx.needs_input_grad[:4]
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice or needs[2] or needs[3]:
+
+            def reference(x: Tensor, y: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
+                return coral_reference(x, y, x_weights=u, y_weights=v)
+
+            return (*by_reference(reference, inputs, needs, grad_output, twice), None)
+        there, *scales = (
+            tensor if number is None else number for tensor, number in zip(tensors, ctx.numbers)
+        )
         upstream = (grad_output * there)[..., None, None]
         found: list[Tensor | None] = []
-        with full_precision(x):
-            for z, scale, need, sign in ((x, scale_x, needs[0], 1), (y, scale_y, needs[1], -1)):
+        with full_precision(grad_output):
+            for z, scale, need, sign in zip(inputs, scales, needs, (1, -1)):
                 if not need:
                     found.append(None)
                     continue
-                factor = upstream * scale
                 if len(kept) == 3:  # 4 A (C_x − C_y)
                     gradient = kept[0 if sign == 1 else 1] @ kept[2]
-                    factor = 4 * sign * factor
+                    factor = upstream * (4 * sign * scale)
                 else:  # (S ± D)(DᵀS + SᵀD)
                     difference, total, cross, of_difference, of_total = kept
+                    factor = upstream * scale
                     if sign == 1:
                         gradient = (cross + of_difference) @ total + (of_total + cross.mT) @ difference
                     else:
                         gradient = (of_difference - cross) @ total + (cross.mT - of_total) @ difference
                 gradient = gradient[..., : z.shape[-2], :] * factor
                 found.append(gradient.to(z.dtype))
-        return (*found, None, None)
+        return (*found, None, None, None)
 
 
 def coral(
@@ -165,7 +270,8 @@ def coral(
             has gradient 0). Values are checked on the CPU only.
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the **sum** over the
             classes present of each class's distance. (A GPU is waited for, to know the classes' sizes.)
-        backend: "reference" or None.
+        backend: "reference" or "triton"; None takes the best that there is, with the reference's operations in fewer
+            products where there is no Triton. A named one is obeyed or raises.
 
     A side with fewer than two samples of weight > 0 has no covariance: that problem, or class, adds 0.
 
@@ -179,16 +285,17 @@ def coral(
     Second derivatives are right.
     """
     check_features(x, y)
-    resolve(backend, x, "x", has=("reference",))
+    runs = resolve(backend, x, "x", has=("reference", "triton"))
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     labels = check_class_labels(labels, x, y)
-    if backend == "reference" or any(w is not None and w.requires_grad for w in (x_weights, y_weights)):
+    weighted = any(w is not None and w.requires_grad for w in (x_weights, y_weights))
+    if backend == "reference" or (runs == "reference" and weighted):
         return coral_reference(x, y, x_weights=x_weights, y_weights=y_weights, labels=labels)
     if labels is None:
-        return _Coral.apply(x, y, x_weights, y_weights)
+        return _Coral.apply(x, y, x_weights, y_weights, runs)
     (x, x_weights), (y, y_weights) = by_class(x, x_weights, labels), by_class(y, y_weights, labels)
-    return _Coral.apply(x, y, x_weights, y_weights).sum(-1)
+    return _Coral.apply(x, y, x_weights, y_weights, runs).sum(-1)
 
 
 class CoralLoss(FeatureLoss):
