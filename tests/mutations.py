@@ -50,8 +50,9 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
-TRITON_GAUSSIAN, TRITON_MASKED, TRITON_SLICED = (
-    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss", "sliced_wasserstein")
+TRITON_GAUSSIAN, TRITON_CORAL, TRITON_MASKED, TRITON_SLICED = (
+    f"kdkernels/_triton/{stem}.py"
+    for stem in ("gaussian", "coral", "masked_feature_loss", "sliced_wasserstein")
 )
 METHODS = "kdkernels/methods"
 
@@ -315,6 +316,18 @@ MUTATIONS = [
     Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
     Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
     Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
+    Mutation("coral triton: ddof 0", TRITON_CORAL, "max(n - 1, 1) ** -0.5", "max(n, 1) ** -0.5", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: last samples skipped", TRITON_CORAL, "exists = i < samples", "exists = i < samples - 1", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: last columns skipped", TRITON_CORAL, "inside = column < features", "inside = column < features - 1", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: scales ignored", TRITON_CORAL, "each = load_weights(scales_ptr, row, exists)", "each = exists.to(tl.float32)", grid("triton", "reliabilities", op="coral")),
+    Mutation("coral triton: measured from a sample without weight", TRITON_CORAL, "x_ptr += tl.load(first_ptr) * stride", "pass", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: parts but the first ignored", TRITON_CORAL, "mean = tl.sum(parts, 0)", "mean = tl.sum(tl.where(tl.arange(0, SPLITS)[:, None] < 1, parts, 0.0), 0)", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: no difference", TRITON_CORAL, "features, a - b, mask", "features, a + b, mask", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: tiles across counted once", TRITON_CORAL, "share *= 2.0", "share *= 1.0", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: tiles across not turned", TRITON_CORAL, "across, tl.trans(difference)", "across, difference", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: n < d, sign of the second product", TRITON_CORAL, "share += tl.load(total + rows", "share -= tl.load(total + rows", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: n < d, products turned", OP_CORAL, "[difference, total, cross, products", "[difference, total, cross.mT, products", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: no gradient of weights", OP_CORAL, "if twice or needs[2] or needs[3]:", "if twice:", distance("coral", "gradient_of_weights")),
     Mutation("mmd cpu: zero gradient", CPU_MMD, "4 * weight * (sum * z[j] - to[j])", "0 * weight * (sum * z[j] - to[j])", distance("mmd", "definition")),
     Mutation("mmd cpu: zero gradient of products", CPU_MMD, "2 * weight * to[j]", "0 * weight * to[j]", distance("mmd", "definition")),
     Mutation("mmd cpu: sign of the gradient", CPU_MMD, "(sum * z[j] - to[j])", "(to[j] - sum * z[j])", distance("mmd", "definition")),

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from triton_counter import count_traffic, is_interpreted
 
+from kdkernels._triton import coral as triton_coral
 from kdkernels._triton import gaussian as triton_gaussian
 from kdkernels._triton import kl_div as triton_kl_div
 from kdkernels._triton import linear_loss as triton_linear
@@ -514,6 +515,54 @@ def test_gaussian_of_classes(dtype: torch.dtype) -> None:
     assert traffic.total == moved + places + 4 * blocks * problems * samples
     assert traffic.launches == 1
     assert (loss > 0).all() and all(z.isfinite().all() and (z != 0).any() for z in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("x_samples", "y_samples", "features"), [(9, 14, 7), (140, 260, 70), (9, 14, 40), (66, 70, 131)]
+)
+def test_coral(x_samples: int, y_samples: int, features: int, dtype: torch.dtype) -> None:
+    problems, generator = 2, torch.Generator().manual_seed(features)
+    x, y = (
+        torch.randn(problems, samples, features, generator=generator).to(dtype)
+        for samples in (x_samples, y_samples)
+    )
+    weights = [
+        [torch.full(z.shape[:2], 1 / k), torch.full(z.shape[:2], k**-0.5), torch.zeros(problems).long()]
+        for z, k in ((x, x_samples), (y, y_samples))
+    ]
+    rows = max(x_samples, y_samples)
+    inner = features > rows
+    for weighted in ((), ("x", "y")):
+        for grads in ((), ("grad_x",), ("grad_x", "grad_y")):
+
+            def new(*shape: int) -> torch.Tensor:
+                return torch.full((problems, *shape), float("nan"))
+
+            samples, loss = new(2 * rows, features), new()
+            products = new(*[2 * rows if inner else features] * 2)
+            kept = [
+                new(*z.shape[1:]) if k in grads and not inner else None
+                for k, z in (("grad_x", x), ("grad_y", y))
+            ]
+            kept.append(new(features, features) if grads and not inner else None)
+            with count_traffic() as traffic:
+                triton_coral.coral(x, y, *(weights if weighted else ([], [])), samples, products, loss, *kept)
+            claimed = triton_coral.bytes_moved(
+                problems,
+                x_samples,
+                y_samples,
+                features,
+                dtype.itemsize,
+                weighted=weighted,
+                outputs=("loss", *grads),
+            )
+            assert traffic.total == claimed
+            stored = samples.nbytes + sum(z.nbytes for z in kept if z is not None)
+            assert stored <= traffic.stored <= 1.2 * stored
+            assert traffic.launches == 4
+            assert (loss > 0).all()
+            assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in (samples, *kept))
 
 
 @pytest.mark.parametrize("weighted", [(), ("x",), ("x", "y")], ids=["", "weighted", "both weighted"])

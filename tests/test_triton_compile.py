@@ -128,6 +128,23 @@ def cases(target: str) -> list[dict[str, Any]]:
             for dtype in ("float32", "bfloat16")
             for tensors in (["grad_x"], ["grad_x", "grad_y", "x_weights", "y_weights"])
         ),
+        # Few samples and many, aligned and not; then the squares of either way.
+        *(
+            case("coral", dtype, features, tensors, samples=samples, stage=stage, grad_dtype="float32")
+            for dtype in DTYPES
+            for features, samples, tensors in ((64, 8192, ["a", "b"]), (100, 128, []))
+            for stage in ("means_kernel", "samples_kernel")
+        ),
+        case("coral", "float32", 64, ["a", "b", "weights"], samples=8192, stage="samples_kernel"),
+        *(
+            case("coral", "float32", features, ["a"], samples=samples, stage=stage)
+            for features, samples, stage in (
+                (512, 1024, "covariances_kernel"),
+                (100, 1024, "covariances_kernel"),
+                (1024, 512, "inner_products_kernel"),
+                (128, 100, "inner_products_kernel"),
+            )
+        ),
         # Rows that share a warp and the longest that a program sorts; those that torch sorts, and weights.
         *(
             case("sliced_wasserstein", "float32", samples, ["grad_x", "grad_y"], p=p)
@@ -275,6 +292,16 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
         arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
+    elif case["kernel"] == "coral":
+        name, features, rows = options["stage"], case["classes"], options["samples"]
+        x = torch.empty(2, rows, features, dtype=dtype, device="meta")
+        each = torch.empty(2, rows, device="meta")
+        weights = [each, each, row.long()] if "weights" in tensors else []
+        samples = torch.empty(2, 2 * rows, features, device="meta")
+        products = torch.empty(2, *[features if features <= rows else 2 * rows] * 2, device="meta")
+        kept = [x.float() if key in tensors else None for key in ("a", "b")]
+        covariance = products if "a" in tensors else None
+        arguments = (x, x, weights, weights, samples, products, row, *kept, covariance)
     elif case["kernel"] == "sliced_wasserstein":
         name = options.get("stage", "equal_ranks_kernel")
         x = torch.empty(2, 64, case["classes"], device="meta")
@@ -328,6 +355,10 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         if options["samples"] == 128:
             return 2 + grads, grads
         return (1, 0) if options["stage"] == "gaussian_moments_kernel" else (grads, grads)
+    if kernel == "coral":
+        stores = 2 + len({"a", "b"} & set(tensors))
+        stages = {"means_kernel": (1, 0), "samples_kernel": (2, stores), "covariances_kernel": (2, 2)}
+        return stages.get(options["stage"], (4, 0))
     if kernel == "sliced_wasserstein":
         return 2, 0  # each gradient is scattered, and weights are gathered
     if kernel == "masked_feature_loss":
@@ -403,6 +434,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
 
     # BLOCK_K is of something else: a sparse teacher's classes.
     tile = [value for name, value in arguments.items() if name.startswith("BLOCK_") and name != "BLOCK_K"]
+    tile = tile or [arguments["BLOCK"]] * 2  # the side of a square
     both = ("BLOCK_M", "BLOCK_D")
     shape = [arguments[name] for name in both] if arguments.keys() >= set(both) else tile
     elements = math.prod(shape) // (gpu.warp_size * options["num_warps"])
@@ -418,7 +450,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "loads_width": width,
         # As many elements as are loaded at once.
-        "stores_width": width * grad_itemsize // itemsize,
+        "stores_width": min(16, width * grad_itemsize // itemsize),
         "tile_loads": tile_loads * elements * itemsize,
         "tile_stores": tile_stores * elements * grad_itemsize,
     }
