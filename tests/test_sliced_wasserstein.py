@@ -53,7 +53,7 @@ def test_one_dimension(backend):
 @over_backends
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("n", "m"), [(7, 7), (7, 5), (3, 12), (1, 4), (6, 9), (700, 300), (512, 512), (1300, 40)]
+    ("n", "m"), [(7, 7), (7, 5), (3, 12), (1, 4), (6, 9), (700, 300), (512, 512), (4100, 40)]
 )
 def test_scipy_in_one_dimension(backend, weighted, n, m):
     stats = pytest.importorskip("scipy.stats")

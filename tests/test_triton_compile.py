@@ -151,11 +151,12 @@ def cases(target: str) -> list[dict[str, Any]]:
             for samples, p in ((16, 1.0), (4096, 2.0), (4096, 3.0))
         ),
         *(
-            case("sliced_wasserstein", "float32", 8192, tensors, p=p, stage=stage)
-            for tensors, p, stage in (
-                (["grad_x", "grad_y"], 2.0, "merge_kernel"),
-                (["grad_x", "grad_y", "x_weights", "y_weights"], 3.0, "merge_kernel"),
-                (["x_weights"], 2.0, "sum_weights_kernel"),
+            case("sliced_wasserstein", "float32", samples, tensors, p=p, stage=stage)
+            for samples, tensors, p, stage in (
+                (8192, ["grad_x", "grad_y"], 2.0, "merge_kernel"),
+                (4096, ["grad_x", "grad_y", "x_weights", "y_weights"], 3.0, "merge_kernel"),
+                (4096, ["y_weights"], 2.0, "sort_kernel"),
+                (8192, ["x_weights"], 2.0, "sum_weights_kernel"),
             )
         ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
@@ -360,6 +361,8 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         stages = {"means_kernel": (1, 0), "samples_kernel": (2, stores), "covariances_kernel": (2, 2)}
         return stages.get(options["stage"], (4, 0))
     if kernel == "sliced_wasserstein":
+        if options.get("stage") == "sort_kernel":
+            return 1, 1
         return 2, 0  # each gradient is scattered, and weights are gathered
     if kernel == "masked_feature_loss":
         return 2, int("grad_student" in tensors)

@@ -1,10 +1,10 @@
 """One-dimensional transport costs of rows of projections, with their gradients; formulas in
 kdkernels.ops.sliced_wasserstein.
 
-Equal weights and n = m, up to LONGEST samples: a program sorts both rows on the chip, their places with them, and
-scatters the gradients back: 1 read of each row, 1 write of each gradient. All else is sorted by torch.sort. Then each
-sorted sample of either side looks for the first one of the other side whose share of the mass meets its own, and walks
-along those until its own ends.
+Up to LONGEST samples a program sorts a row on the chip, the samples' places with them; longer ones are torch.sort's.
+With equal weights and n = m it sorts both sides' rows and scatters the gradients back: 1 read of each row, 1 write of
+each gradient. Otherwise sorted rows go through memory, and each sample of either side looks for the first one of the
+other side whose share of the mass meets its own, and walks along those until its own ends.
 """
 
 import math
@@ -50,7 +50,7 @@ def bytes_moved(
     outputs: Collection[str] = ("loss", "grad_x", "grad_y"),
 ) -> int:
     """Bytes read and written for `outputs`, less torch's sorts and the sum of the blocks' costs; `weighted` has "x" and
-    "y" where those have weights. With weights, up to where levels meet and how deep a search goes."""
+    "y" where those have weights: then it is a little more than that, as levels may meet and a search may end early."""
     grads = {"x": "grad_x" in outputs, "y": "grad_y" in outputs}
     if n == m and not weighted and n <= LONGEST:
         return 4 * rows * (n * (2 + sum(grads.values())) + 1)
@@ -58,8 +58,10 @@ def bytes_moved(
     programs = moved // 4
     met = n + m - (1 if weighted else math.gcd(n, m))
     for side, other, samples, others in (("x", "y", n, m), ("y", "x", m, n)):
-        if side in weighted:  # the order, the weights and their sums; and the last of those
-            moved += rows * samples * (8 + 4 + 8) + programs * 8 * (1 + grads["y"])
+        moved += rows * samples * (4 + 4 + 8) if samples <= LONGEST else 0
+        if side in weighted:  # the weights and their sums; and the last of those
+            moved += rows * samples * (4 + 8) + programs * 8 * (1 + grads["y"])
+            moved += rows * samples * 8 if samples > LONGEST else 0
         if side == "x" or grads[side]:
             moved += rows * (samples * (4 + 12 * grads[side]) + met * 4)
             # Where a sample's share starts and ends; those of the samples that it looks through and meets.
@@ -149,6 +151,33 @@ def equal_ranks_kernel(
         tl.store(grad_x_ptr + (start + (x & 0xFFFFFFFF)), grad, mask=inside)
     if grad_y_ptr is not None:
         tl.store(grad_y_ptr + (start + (y & 0xFFFFFFFF)), -grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["projections", "rows", "n"])
+def sort_kernel(
+    x_ptr,  # (rows, n)
+    weights_ptr,  # (problems, n) or None
+    sorted_ptr,  # (rows, n)
+    order_ptr,  # (rows, n) int64
+    sums_ptr,  # (rows, n) float64, or None: as in sum_weights_kernel
+    projections,
+    rows,
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    n = (n // VECTOR) * VECTOR
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    key = sorted_rows(x_ptr, row, row < rows, n, BLOCK_N)
+    i = tl.arange(0, BLOCK_N)[None, :]
+    inside = (row < rows) & (i < n)
+    place = key & 0xFFFFFFFF
+    tl.store(sorted_ptr + (row * n + i), value_of(key), mask=inside)
+    tl.store(order_ptr + (row * n + i), place, mask=inside)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + (row // projections * n + place), mask=inside, other=0.0)
+        tl.store(sums_ptr + (row * n + i), tl.cumsum(weight.to(tl.float64), 1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["projections", "rows", "n"])
@@ -329,6 +358,27 @@ def merge_kernel(
         )
 
 
+def sort(
+    x: torch.Tensor,  # (B, L, n) float32, contiguous
+    weights: torch.Tensor | None,  # (B, n) float32, contiguous
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The sorted rows, the places of their samples, and how much weight lies up to each (float64)."""
+    problems, projections, n = x.shape
+    rows = problems * projections
+    sums = None if weights is None else torch.empty_like(x, dtype=torch.float64)
+    block_m, block_n, num_warps = tile(n if n <= LONGEST else 1024)
+    programs = (triton.cdiv(rows, block_m),)
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "VECTOR": math.gcd(16, n), "num_warps": num_warps}
+    if n <= LONGEST:
+        ordered, order = torch.empty_like(x), torch.empty_like(x, dtype=torch.int64)
+        sort_kernel[programs](x, weights, ordered, order, sums, projections, rows, n, **options)
+    else:
+        ordered, order = x.sort(dim=-1, stable=True)
+        if weights is not None:
+            sum_weights_kernel[programs](weights, order, sums, projections, rows, n, **options)
+    return ordered, order, sums
+
+
 def sliced_wasserstein(
     x: torch.Tensor,  # (B, L, n) float32, contiguous
     y: torch.Tensor,  # (B, L, m) float32, contiguous
@@ -369,25 +419,7 @@ def sliced_wasserstein(
             return
         block_m, block_n, num_warps = merge_tile(max(n, m))
         programs = triton.cdiv(rows, block_m)
-        (x, x_order), (y, y_order) = x.sort(dim=-1, stable=True), y.sort(dim=-1, stable=True)
-        sums: list[torch.Tensor | None] = []
-        for weights, places in ((x_weights, x_order), (y_weights, y_order)):
-            sums.append(None if weights is None else torch.empty_like(places, dtype=torch.float64))
-            if weights is not None:
-                samples = weights.shape[1]
-                of_row = tile(min(samples, 1024))
-                sum_weights_kernel[(triton.cdiv(rows, of_row.block_m),)](
-                    weights,
-                    places,
-                    sums[-1],
-                    projections,
-                    rows,
-                    samples,
-                    BLOCK_M=of_row.block_m,
-                    BLOCK_N=of_row.block_n,
-                    VECTOR=math.gcd(16, samples),
-                    num_warps=of_row.num_warps,
-                )
+        (x, x_order, x_sums), (y, y_order, y_sums) = sort(x, x_weights), sort(y, y_weights)
         blocks = triton.cdiv(max(n, m), block_n)
         shares = loss.new_empty(*loss.shape, blocks)
         merge_kernel[(programs, blocks)](
@@ -395,7 +427,8 @@ def sliced_wasserstein(
             y,
             x_order,
             y_order,
-            *sums,
+            x_sums,
+            y_sums,
             shares,
             grad_x,
             grad_y,
