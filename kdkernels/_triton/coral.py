@@ -1,10 +1,9 @@
 """What surrounds the products of CORAL; formulas in kdkernels.ops.coral.
 
-The products are torch's: what is multiplied are float32 differences, which Triton multiplies by FMA on NVIDIA, slower
-than cuBLAS, and a tile of the symmetric half takes the two products D_iᵀS_j + S_iᵀD_j, so that a kernel of our own
-would save none of them. Around them 2 reads of the samples, the second from the caches where they stay there, and 1
-write of each of D, S and the A and B that gradients need; then the squares, with 1 read of the products and 1 write of
-the covariances' difference.
+The products are torch's: what is multiplied is float32, where tl.dot is no faster than cuBLAS, and a tile of the
+symmetric half takes two products, D_iᵀS_j + S_iᵀD_j, so that a kernel of our own would do as many. Around them: 2 reads
+of the samples, the second from the caches where they stay there, and 1 write of each of D, S and the A and B that
+gradients need; then 1 read of the products, and 1 write of the covariances' difference.
 """
 
 import math
@@ -322,12 +321,8 @@ def inner_products_kernel(
 def coral(
     x: torch.Tensor,  # (B, n, d), features side by side
     y: torch.Tensor,  # (B, m, d), features side by side
-    x_weights: list[
-        torch.Tensor
-    ],  # shares and scales (B, n) float32, the first with weight (B,) int64; or none
-    y_weights: list[
-        torch.Tensor
-    ],  # shares and scales (B, m) float32, the first with weight (B,) int64; or none
+    x_weights: list[torch.Tensor],  # shares, scales (B, n) float32, the first with weight (B,) int64; or none
+    y_weights: list[torch.Tensor],  # shares, scales (B, m) float32, the first with weight (B,) int64; or none
     samples: torch.Tensor,  # (B, 2 r, d) float32 with r = max(n, m), contiguous, as all that follow
     products: torch.Tensor,  # (B, d, d) float32; with r < d (B, 2 r, 2 r)
     loss: torch.Tensor,  # (B,) float32

@@ -270,8 +270,8 @@ def coral(
             has gradient 0). Values are checked on the CPU only.
         labels: integers (..., n), x and y being the same samples through two networks (n = m): the **sum** over the
             classes present of each class's distance. (A GPU is waited for, to know the classes' sizes.)
-        backend: "reference" or "triton"; None takes the best that there is, with the reference's operations in fewer
-            products where there is no Triton. A named one is obeyed or raises.
+        backend: "reference" or "triton"; None takes the best that there is (without Triton the reference's formula, its
+            backward in fewer products). A named one is obeyed or raises.
 
     A side with fewer than two samples of weight > 0 has no covariance: that problem, or class, adds 0.
 
