@@ -110,10 +110,8 @@ def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[list[Tensor |
     samples, loss = new(2 * rows, d), new()
     if d > rows:
         products = new(2 * rows, 2 * rows)
-        return [samples, products, loss, None, None, None], [
-            loss,
-            *([samples, products] if any(needs) else []),
-        ]
+        returned = [samples, products] if any(needs) else []
+        return [samples, products, loss, None, None, None], [loss, *returned]
     kept = [
         new(n, d) if needs[0] else None,
         new(m, d) if needs[1] else None,
