@@ -760,10 +760,12 @@ NATIVE = {
 # What Triton has: a problem's iterations in one block are C++.
 TRITON = (
     *(name for name in NATIVE if name != "sinkhorn"),
+    "coral",
     "gaussian",
     "linear_loss",
     "masked_feature_loss",
     "mmd",
+    "sliced_wasserstein",
 )
 # What the native module has for the CPU alone.
 NATIVE_CPU = {

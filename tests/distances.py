@@ -39,7 +39,7 @@ CASES = {
     "gaussian_kl": Case(kdkernels.gaussian_kl, ("reference", "cpu", "triton")),
     "gaussian_kl, shrinkage": Case(partial(kdkernels.gaussian_kl, shrinkage=0.3)),
     "gaussian_kl, full": Case(partial(kdkernels.gaussian_kl, covariance="full", shrinkage=0.2)),
-    "coral": Case(kdkernels.coral, ("reference", "cpu"), repeats=False),
+    "coral": Case(kdkernels.coral, ("reference", "cpu", "triton"), repeats=False),
     "mmd": Case(partial(kdkernels.mmd, bandwidths=[4.0, 8.0, 5.0]), ("reference", "cpu", "triton"), terms=12),
     "mmd, unbiased": Case(
         partial(kdkernels.mmd, bandwidths=6.0, estimator="unbiased"),
@@ -57,9 +57,9 @@ CASES = {
     ),
     "mmd, linear": Case(partial(kdkernels.mmd, kernel="linear"), terms=4),
     "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu", "triton"), terms=20),
-    "sliced_wasserstein": Case(sliced, ("reference", "cpu"), labels=False),
+    "sliced_wasserstein": Case(sliced, ("reference", "cpu", "triton"), labels=False),
     "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
-    "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu", "triton"), labels=False),
     # So much entropy that 60 iterations converge to the last bit.
     "sinkhorn": Case(partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60), ("reference", "cpu")),
     "sinkhorn, euclidean": Case(

@@ -51,14 +51,19 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
-TRITON_GAUSSIAN, TRITON_MASKED, TRITON_MMD = (
-    f"kdkernels/_triton/{stem}.py" for stem in ("gaussian", "masked_feature_loss", "mmd")
+TRITON_GAUSSIAN, TRITON_CORAL, TRITON_MASKED, TRITON_MMD, TRITON_SLICED = (
+    f"kdkernels/_triton/{stem}.py"
+    for stem in ("gaussian", "coral", "masked_feature_loss", "mmd", "sliced_wasserstein")
 )
 METHODS = "kdkernels/methods"
 
 
 def gaussian(backend: str, *words: str) -> str:
     return grid(backend, *(words or ("diagonal", "sizes")), op="gaussian")
+
+
+def sliced(*words: str) -> str:
+    return grid("triton", *words, op="sliced_wasserstein")
 
 
 def masked(backend: str) -> str:
@@ -328,8 +333,19 @@ MUTATIONS = [
     Mutation("coral cpu: last columns not centred", CPU_CORAL, "share_out(d, kColumns, threads,", "share_out(d - 1, kColumns, threads,", distance("coral", "formula")),
     Mutation("coral cpu: unsymmetric", CPU_CORAL, "S(0.5) * (cross[i * stride + j] + cross[j * stride + i])", "cross[i * stride + j]", distance("coral", "formula")),
     Mutation("distances: float16's gradients rounded before a loss scale", OP_NATIVE, "of_x = gradients[0].view(x.shape).to(x.dtype)", "of_x = gradients[0].div_(upstream).to(x.dtype).mul_(upstream).view(x.shape)", distance("features", "loss_scale")),
-    Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", "tests/test_coral.py"),
-    Mutation("coral: sign of y's gradient with n < d", OP_CORAL, "(of_difference - cross) @ total + (cross.mT - of_total)", "(cross - of_difference) @ total + (of_total - cross.mT)", "tests/test_coral.py"),
+    Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", grid("reference", "formula", op="coral")),
+    Mutation("coral triton: ddof 0", TRITON_CORAL, "max(n - 1, 1) ** -0.5", "max(n, 1) ** -0.5", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: last samples skipped", TRITON_CORAL, "exists = i < samples", "exists = i < samples - 1", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: last columns skipped", TRITON_CORAL, "inside = column < features", "inside = column < features - 1", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: scales ignored", TRITON_CORAL, "each = load_weights(scales_ptr, row, exists)", "each = exists.to(tl.float32)", grid("triton", "reliabilities", op="coral")),
+    Mutation("coral triton: measured from a sample without weight", TRITON_CORAL, "x_ptr += tl.load(first_ptr) * stride", "pass", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: parts but the first ignored", TRITON_CORAL, "mean = tl.sum(parts, 0)", "mean = tl.sum(tl.where(tl.arange(0, SPLITS)[:, None] < 1, parts, 0.0), 0)", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: no difference", TRITON_CORAL, "features, a - b, mask", "features, a + b, mask", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: tiles across counted once", TRITON_CORAL, "share *= 2.0", "share *= 1.0", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: tiles across not turned", TRITON_CORAL, "across, tl.trans(difference)", "across, difference", grid("triton", "sizes", op="coral")),
+    Mutation("coral triton: n < d, sign of the second product", TRITON_CORAL, "share += tl.load(total + rows", "share -= tl.load(total + rows", grid("triton", "formula", op="coral")),
+    Mutation("coral triton: n < d, products turned", TRITON_CORAL, "of_difference + sign * cross, total", "of_difference + sign * back, total", grid("triton", "formula", op="coral")),
+    Mutation("distances: no gradient of weights", OP_NATIVE, "if twice or needs[2] or needs[3]:", "if twice:", distance("coral", "gradient_of_weights")),
     Mutation("mmd cpu: zero gradient", CPU_MMD, "4 * weight * (sum * z[j] - to[j])", "0 * weight * (sum * z[j] - to[j])", distance("mmd", "definition")),
     Mutation("mmd cpu: zero gradient of products", CPU_MMD, "2 * weight * to[j]", "0 * weight * to[j]", distance("mmd", "definition")),
     Mutation("mmd cpu: sign of the gradient", CPU_MMD, "(sum * z[j] - to[j])", "(to[j] - sum * z[j])", distance("mmd", "definition")),
@@ -387,6 +403,19 @@ MUTATIONS = [
     Mutation("sliced cpu: a radix pass left out", CPU_SLICED, "for (int pass = 0; pass < kPasses; ++pass) {\n    uint32_t* count", "for (int pass = 1; pass < kPasses; ++pass) {\n    uint32_t* count", distance("sliced_wasserstein", "every_number")),
     Mutation("sliced cpu: minus signs sort upside down", CPU_SLICED, "return bits & kSign ? ~bits : bits | kSign;", "return bits ^ kSign;", distance("sliced_wasserstein", "special or every")),
     Mutation("sliced cpu: weights ignored", CPU_SLICED, "if (weights != nullptr) sum +=", "if (false) sum +=", distance("sliced_wasserstein", "scipy")),
+    Mutation("sliced triton: zero gradient", TRITON_SLICED, "grad = slope / n", "grad = 0.0 * slope / n", sliced("one_dimension")),
+    Mutation("sliced triton: sign of y's gradient", TRITON_SLICED, "(y & 0xFFFFFFFF)), -grad", "(y & 0xFFFFFFFF)), grad", sliced("one_dimension")),
+    Mutation("sliced triton: gradients of other samples", TRITON_SLICED, "(start + (x & 0xFFFFFFFF))", "(start + tl.arange(0, BLOCK_N)[None, :])", sliced("one_dimension")),
+    Mutation("sliced triton: last samples skipped", TRITON_SLICED, "inside = exists[:, None] & (tl.arange(0, BLOCK_N)[None, :] < n)", "inside = exists[:, None] & (tl.arange(0, BLOCK_N)[None, :] < n - 1)", sliced("one_dimension")),
+    Mutation("sliced triton: minus signs sort upside down", TRITON_SLICED, "bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)", "bits, 0x7FFFFFFF)", sliced("special")),
+    Mutation("sliced triton: nothing behind the last sample", TRITON_SLICED, "0x7FFFFFFF)\n    return tl.sort", "0)\n    return tl.sort", sliced("one_dimension")),
+    Mutation("sliced triton: merged, zero gradient", TRITON_SLICED, "slope += tl.where(meets, mass * each_slope, 0.0)", "slope += 0.0", sliced("merged")),
+    Mutation("sliced triton: merged, order ignored", TRITON_SLICED, "place = tl.load(x_order_ptr + (row * n + i), mask=inside, other=0)\n        tl.store(grad", "place = i\n        tl.store(grad", sliced("merged")),
+    Mutation("sliced triton: merged, only the first sample met", TRITON_SLICED, "walks = walks & (low < high) & (j < m)", "walks = walks & (j < 0)", sliced("merged")),
+    Mutation("sliced triton: merged, begun too late", TRITON_SLICED, "j = (low * m).to(tl.int32)", "j = (low * m).to(tl.int32) + 1", sliced("merged")),
+    Mutation("sliced triton: merged, search that goes too far", TRITON_SLICED, "middle + 1, j)", "middle + 2, j)", sliced("merged")),
+    Mutation("sliced triton: merged, weights of the first problem", TRITON_SLICED, "row // projections * n + place", "place", sliced("merged")),
+    Mutation("sliced triton: merged, sums begin again", TRITON_SLICED, "before = tl.max(sums, 1)[:, None]", "before = 0.0 * before", sliced("scipy")),
     Mutation("sinkhorn cpu: zero gradient", CPU_SINKHORN, "sign * factor * a[i + r],", "0 * sign * factor * a[i + r],", sinkhorn("cpu", "loss_and")),
     Mutation("sinkhorn cpu: sign of y's gradient", CPU_SINKHORN, "transport_.gradient(true, 1, grad_y", "transport_.gradient(true, -1, grad_y", sinkhorn("cpu", "loss_and")),
     Mutation("sinkhorn cpu: no gradient of OT(x, x)", CPU_SINKHORN, "if (grad_x || grad_a || plan_x) transport_", "if (false) transport_", sinkhorn("cpu", "loss_and")),

@@ -6,14 +6,32 @@ from functools import partial
 
 import pytest
 import torch
-from distances import assert_equal_up_to_rounding, features, gradients
+from conftest import device_of
+from distances import assert_equal_up_to_rounding, features, gradients, moved
 
 import kdkernels
 from kdkernels import sliced_wasserstein
 
-BACKENDS = [name for name in ("reference", "cpu") if kdkernels.available_backends("cpu")[name] == "available"]
+BACKENDS = [
+    name
+    for name in ("reference", "cpu", "triton")
+    if kdkernels.available_backends(device_of(name))[name] == "available"
+]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_float64 = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+def on(backend):
+    return partial(moved, sliced_wasserstein, backend)
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def relative(backend: str) -> float:
+    return 1e-5 if backend == "triton" else 1e-12
 
 
 def directions(count: int, d: int) -> torch.Tensor:
@@ -22,42 +40,44 @@ def directions(count: int, d: int) -> torch.Tensor:
 
 @over_backends
 def test_one_dimension(backend):
-    x = torch.tensor([[3.0], [1.0], [2.0]]).double()
-    y = torch.tensor([[2.5], [7.0], [0.0]]).double()
+    x = torch.tensor([[3.0], [1.0], [2.0]]).to(dtype_of(backend))
+    y = torch.tensor([[2.5], [7.0], [0.0]]).to(dtype_of(backend))
     for p, expected in ((1, (1 + 0.5 + 4) / 3), (2, (1 + 0.25 + 16) / 3), (3, (1 + 0.125 + 64) / 3)):
-        loss, of_x, of_y = gradients(sliced_wasserstein, x, y, projections=ONE, p=p, backend=backend)
-        assert loss.item() == pytest.approx(expected, rel=1e-14)
-        by_hand = torch.tensor([-p * 4.0 ** (p - 1), p, -p * 0.5 ** (p - 1)]).double() / 3
+        loss, of_x, of_y = gradients(on(backend), x, y, projections=ONE, p=p)
+        assert loss.item() == pytest.approx(expected, rel=relative(backend))
+        by_hand = torch.tensor([-p * 4.0 ** (p - 1), p, -p * 0.5 ** (p - 1)], dtype=x.dtype) / 3
         torch.testing.assert_close(of_x[:, 0], by_hand)
         torch.testing.assert_close(of_y[:, 0], -by_hand[[2, 0, 1]])
 
 
 @over_backends
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(7, 7), (7, 5), (3, 12), (1, 4), (6, 9), (700, 300), (512, 512)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(7, 7), (7, 5), (3, 12), (1, 4), (6, 9), (700, 300), (512, 512), (4100, 40)]
+)
 def test_scipy_in_one_dimension(backend, weighted, n, m):
     stats = pytest.importorskip("scipy.stats")
-    x, y = features(n, 1, m=m)
+    x, y = features(n, 1, m=m, backend=backend)
     u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) if weighted else None
     v = torch.rand(m, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if weighted else None
     expected = stats.wasserstein_distance(x[:, 0], y[:, 0], u, v)
-    loss = sliced_wasserstein(x, y, projections=ONE, p=1, x_weights=u, y_weights=v, backend=backend)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss = on(backend)(x, y, projections=ONE, p=1, x_weights=u, y_weights=v)
+    assert loss.item() == pytest.approx(expected, rel=relative(backend))
 
 
 @over_backends
 @pytest.mark.parametrize("p", [1, 1.5, 2, 4])
 def test_translation_and_permutation(backend, p):
-    x, _ = features(300, 5)
-    theta = directions(17, 5)
-    shift = torch.tensor([1.0, -2, 0.5, 0, 3]).double()
+    x, _ = features(300, 5, backend=backend)
+    theta = directions(7, 5).to(x.dtype)
+    shift = torch.tensor([1.0, -2, 0.5, 0, 3]).to(x.dtype)
     expected = (theta @ shift).abs().pow(p).mean().item()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    moved = sliced_wasserstein(x, (x + shift)[order], projections=theta, p=p, backend=backend)
-    assert moved.item() == pytest.approx(expected, rel=1e-12)
+    permuted = on(backend)(x, (x + shift)[order], projections=theta, p=p)
+    assert permuted.item() == pytest.approx(expected, rel=relative(backend))
     # More of the same samples are the same distribution.
-    many = sliced_wasserstein(x, (x + shift).repeat(3, 1), projections=theta, p=p, backend=backend)
-    assert many.item() == pytest.approx(expected, rel=1e-12)
+    many = on(backend)(x, (x + shift).repeat(3, 1), projections=theta, p=p)
+    assert many.item() == pytest.approx(expected, rel=relative(backend))
 
 
 @over_backends
@@ -65,14 +85,14 @@ def test_translation_and_permutation(backend, p):
 def test_agrees_with_pot(backend, p):
     ot = pytest.importorskip("ot")
     for n, m in ((20, 20), (20, 13)):
-        x, y = features(n, 4, m=m)
+        x, y = features(n, 4, m=m, backend=backend)
         theta = directions(31, 4)
 
         def pot(x, y, theta=theta):
             return ot.sliced_wasserstein_distance(x, y, projections=theta.T, p=p) ** p
 
-        got = gradients(sliced_wasserstein, x, y, projections=theta, p=p, backend=backend)
-        assert_equal_up_to_rounding(got, gradients(pot, x, y))
+        got = gradients(on(backend), x, y, projections=theta, p=p)
+        assert_equal_up_to_rounding(got, gradients(pot, x.double(), y.double()))
 
 
 @over_backends
@@ -82,9 +102,7 @@ def test_ties(backend, p, n):
     """Equal samples within a batch and across batches: finite, and 0 where they meet."""
     x = torch.zeros(n, 3)
     x[n // 2 :] = torch.tensor([1.0, -1.0, 2.0])
-    loss, of_x, of_y = gradients(
-        sliced_wasserstein, x, x.flip(0), projections=directions(9, 3).float(), p=p, backend=backend
-    )
+    loss, of_x, of_y = gradients(on(backend), x, x.flip(0), projections=directions(9, 3).float(), p=p)
     assert loss == 0 and (of_x == 0).all() and (of_y == 0).all()
 
 
@@ -97,13 +115,13 @@ def test_signs_and_special_values_sort(backend):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
         y = (x + 1)[order]
         expected = (x.flatten().sort().values - y.flatten().sort().values).abs().mean()
-        loss = sliced_wasserstein(x, y, projections=torch.ones(1, 1), p=1, backend=backend)
+        loss = on(backend)(x, y, projections=torch.ones(1, 1), p=1)
         torch.testing.assert_close(loss, expected)
     x = torch.tensor([[1.0], [float("nan")], [2.0]])
-    assert torch.isnan(sliced_wasserstein(x, x + 1, projections=torch.ones(1, 1), backend=backend))
+    assert torch.isnan(on(backend)(x, x + 1, projections=torch.ones(1, 1)))
 
 
-@over_backends
+@over_float64
 def test_directions(backend):
     x, y = features(9, 4)
     seeded = partial(sliced_wasserstein, projections=5, backend=backend)
@@ -126,7 +144,7 @@ def test_directions(backend):
     assert sliced_wasserstein(x, y, projections=500, backend=backend) < (x - y).square().sum(-1).mean() / 2
 
 
-@over_backends
+@over_float64
 def test_gradient_of_directions(backend):
     """For max-sliced distances, which look for the worst direction."""
     x, y = (z.requires_grad_() for z in features(6, 3, m=4))
@@ -140,9 +158,11 @@ def test_gradient_of_directions(backend):
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1000, 1023, 1024, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_number_of_samples(backend, n, dtype):
+    if dtype not in kdkernels.backend.DTYPES[backend]:
+        pytest.skip(f"{backend} has no {dtype}")
     x, y = features(n, 3, dtype=dtype)
     theta = directions(4, 3).to(dtype)
-    got = gradients(sliced_wasserstein, x, y, projections=theta, backend=backend)
+    got = gradients(on(backend), x, y, projections=theta)
     # Which of two near samples comes first is the dtype's to say, and the gradient's: that one is in the same dtype.
     assert_equal_up_to_rounding(
         got, gradients(sliced_wasserstein, x, y, projections=theta, backend="reference")
@@ -151,12 +171,33 @@ def test_every_number_of_samples(backend, n, dtype):
     assert_equal_up_to_rounding(got[:1], [truth])
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
-def test_opcheck():
-    a, b = torch.randn(2, 3, 7), torch.randn(2, 3, 5)
-    for weights in (None, torch.rand(2, 7)):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize(("weighted", "p"), [("", 1), ("", 1.5), ("x", 2), ("y", 1), ("xy", 1.5), ("xy", 2)])
+@pytest.mark.parametrize(("n", "m"), [(33, 33), (130, 129), (2, 150)])
+def test_merged_quantiles(backend, n, m, weighted, p):
+    """Samples without weight; a block of samples and more; one that meets many."""
+    x, y = features(2, n, 1, m=m, dtype=torch.float32)
+    weights = {
+        f"{side}_weights": torch.rand(2, size, generator=torch.Generator().manual_seed(size)) + 0.1
+        for side, size in (("x", n), ("y", m))
+        if side in weighted
+    }
+    for each in weights.values():
+        each[0, 1::3] = 0
+    # Products with 1 and -1 are exact: the order is that of float64.
+    call = {"projections": torch.tensor([[1.0], [-1.0]]), "p": p, **weights}
+    got = gradients(on(backend), x, y, **call)
+    truth = gradients(on("reference"), x.double(), y.double(), **call)
+    assert all((z != 0).any() for z in truth)
+    assert_equal_up_to_rounding(got, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_opcheck(backend):
+    a, b = (torch.randn(2, 3, n, device=device_of(backend)) for n in (7, 5))
+    for weights in (None, torch.rand(2, 7, device=device_of(backend))):
         torch.library.opcheck(
-            torch.ops.kdkernels.sliced_wasserstein.default, (a, b, weights, None, 2.0, [True, True], "cpu")
+            torch.ops.kdkernels.sliced_wasserstein.default, (a, b, weights, None, 2.0, [True, True], backend)
         )
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from triton_counter import count_traffic, is_interpreted
 
+from kdkernels._triton import coral as triton_coral
 from kdkernels._triton import gaussian as triton_gaussian
 from kdkernels._triton import kl_div as triton_kl_div
 from kdkernels._triton import linear_loss as triton_linear
@@ -22,6 +23,7 @@ from kdkernels._triton import mmd as triton_mmd
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
+from kdkernels._triton import sliced_wasserstein as triton_sliced
 from kdkernels._triton import topk_kl_div as triton_topk
 
 pytestmark = [
@@ -554,6 +556,87 @@ def test_mmd(
     assert traffic.launches == (5 if mean_distance else 3)
     assert (loss > 0).all()
     assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("x_samples", "y_samples", "features"), [(9, 14, 7), (140, 260, 70), (9, 14, 40), (66, 70, 131)]
+)
+def test_coral(x_samples: int, y_samples: int, features: int, dtype: torch.dtype) -> None:
+    problems, generator = 2, torch.Generator().manual_seed(features)
+    x, y = (
+        torch.randn(problems, samples, features, generator=generator).to(dtype)
+        for samples in (x_samples, y_samples)
+    )
+    weights = [
+        [torch.full(z.shape[:2], 1 / k), torch.full(z.shape[:2], k**-0.5), torch.zeros(problems).long()]
+        for z, k in ((x, x_samples), (y, y_samples))
+    ]
+    rows = max(x_samples, y_samples)
+    inner = features > rows
+    for weighted in ((), ("x", "y")):
+        for grads in ((), ("grad_x",), ("grad_x", "grad_y")):
+
+            def new(*shape: int) -> torch.Tensor:
+                return torch.full((problems, *shape), float("nan"))
+
+            samples, loss = new(2 * rows, features), new()
+            products = new(*[2 * rows if inner else features] * 2)
+            kept = [
+                new(*z.shape[1:]) if k in grads and not inner else None
+                for k, z in (("grad_x", x), ("grad_y", y))
+            ]
+            kept.append(new(features, features) if grads and not inner else None)
+            with count_traffic() as traffic:
+                given = weights if weighted else ([], [])
+                triton_coral.distances_of_covariances(x, y, *given, samples, products, loss, *kept)
+            claimed = triton_coral.bytes_moved(
+                problems,
+                x_samples,
+                y_samples,
+                features,
+                dtype.itemsize,
+                weighted=weighted,
+                outputs=("loss", *grads),
+            )
+            assert traffic.total == claimed
+            stored = samples.nbytes + sum(z.nbytes for z in kept if z is not None)
+            assert stored <= traffic.stored <= 1.2 * stored
+            assert traffic.launches == 4
+            assert (loss > 0).all()
+            assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in (samples, *kept))
+
+
+@pytest.mark.parametrize("weighted", [(), ("x",), ("x", "y")], ids=["", "weighted", "both weighted"])
+@pytest.mark.parametrize(("n", "m"), [(13, 13), (150, 150), (200, 70)])
+def test_sliced_wasserstein(n: int, m: int, weighted: tuple[str, ...]) -> None:
+    """Sorted on the chip, rows and gradients move once; merged, a sample of the other side is met once a level."""
+    problems, projections, generator = 2, 3, torch.Generator().manual_seed(n)
+    x, y = (torch.randn(problems, projections, k, generator=generator) for k in (n, m))
+    x_weights, y_weights = (
+        torch.rand(problems, k, generator=generator) + 0.1 if side in weighted else None
+        for side, k in (("x", n), ("y", m))
+    )
+    for grads in ((), ("grad_x",), ("grad_x", "grad_y")):
+        outputs = [
+            torch.full_like(z, float("nan")) if k in grads else None
+            for k, z in (("grad_x", x), ("grad_y", y))
+        ]
+        loss = torch.full((problems, projections), float("nan"))
+        with count_traffic() as traffic:
+            triton_sliced.sliced_wasserstein(x, y, x_weights, y_weights, 2.0, loss, *outputs)
+        claimed = triton_sliced.bytes_moved(
+            problems * projections, n, m, weighted=weighted, outputs=("loss", *grads)
+        )
+        if n == m and not weighted:
+            assert (
+                claimed == x.nbytes + y.nbytes + sum(z.nbytes for z in outputs if z is not None) + loss.nbytes
+            )
+        assert traffic.total <= 1.05 * claimed
+        assert traffic.total >= (0.9 if weighted else 1) * claimed
+        assert traffic.launches == (1 if n == m and not weighted else 3)
+        assert (loss > 0).all()
+        assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

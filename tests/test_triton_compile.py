@@ -38,6 +38,8 @@ SIDES = ["input", "input_weight", "input_bias", "target", "target_weight", "targ
 
 def cases(target: str) -> list[dict[str, Any]]:
     def case(kernel: str, dtype: str, classes: int, tensors: list[str], **options: Any) -> dict[str, Any]:
+        if kernel in ("gaussian", "mmd") and dtype == "float16":
+            options["grad_dtype"] = "float32"  # until it meets the upstream gradient
         return {"kernel": kernel, "dtype": dtype, "classes": classes, "tensors": tensors, "options": options}
 
     every = [*MAIN, "terms", "grad_input_temperature", *ROW_INPUTS, "soft_scale"]
@@ -166,6 +168,37 @@ def cases(target: str) -> list[dict[str, Any]]:
                 (["x_weights", "y_weights"], {"labels": True, "unbiased": True}),
             )
         ),
+        # Few samples and many, aligned and not; then the squares of either way.
+        *(
+            case("coral", dtype, features, tensors, samples=samples, stage=stage, grad_dtype="float32")
+            for dtype in DTYPES
+            for features, samples, tensors in ((64, 8192, ["a", "b"]), (100, 128, []))
+            for stage in ("means_kernel", "samples_kernel")
+        ),
+        case("coral", "float32", 64, ["a", "b", "weights"], samples=8192, stage="samples_kernel"),
+        *(
+            case("coral", "float32", features, ["a"], samples=samples, stage=stage)
+            for features, samples, stage in (
+                (512, 1024, "covariances_kernel"),
+                (100, 1024, "covariances_kernel"),
+                (1024, 512, "inner_products_kernel"),
+                (128, 100, "inner_products_kernel"),
+            )
+        ),
+        # Rows that share a warp and the longest that a program sorts; those that torch sorts, and weights.
+        *(
+            case("sliced_wasserstein", "float32", samples, ["grad_x", "grad_y"], p=p)
+            for samples, p in ((16, 1.0), (4096, 2.0), (4096, 3.0))
+        ),
+        *(
+            case("sliced_wasserstein", "float32", samples, tensors, p=p, stage=stage)
+            for samples, tensors, p, stage in (
+                (8192, ["grad_x", "grad_y"], 2.0, "merge_kernel"),
+                (4096, ["grad_x", "grad_y", "x_weights", "y_weights"], 3.0, "merge_kernel"),
+                (4096, ["y_weights"], 2.0, "sort_kernel"),
+                (8192, ["x_weights"], 2.0, "sum_weights_kernel"),
+            )
+        ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
         *(case("kl_div", "float32", classes, ["loss"]) for classes in (32000,)),
@@ -231,7 +264,7 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     dtype = getattr(torch, case["dtype"])
-    options, tensors = case["options"], case["tensors"]
+    options, tensors, launcher = case["options"], case["tensors"], case["kernel"]
     matrix = torch.empty(2, case["classes"], dtype=dtype, device="meta")
     row = torch.empty(2, device="meta")
     of_k = torch.empty(2, options.get("k", 1), device="meta")
@@ -297,7 +330,8 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
         each = torch.empty(2, options["samples"], device="meta")
         weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
-        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        of_x = x.to(getattr(torch, options.get("grad_dtype", case["dtype"])))
+        grads = [of_x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
         arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
     elif case["kernel"] == "mmd":
@@ -305,12 +339,30 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
         each = torch.empty(2, options["samples"], device="meta")
         weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
-        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        of_x = x.to(getattr(torch, options.get("grad_dtype", case["dtype"])))
+        grads = [of_x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
         # The mean distance's kernels are started where no bandwidths are given.
         bandwidths = torch.empty(3, device="meta") if name == "mmd_pairs_kernel" else None
         arguments = (x, x, labels, *weights, bandwidths, options["of"], options.get("unbiased", False))
         arguments += (row, *grads)
+    elif case["kernel"] == "coral":
+        launcher = "distances_of_covariances"
+        name, features, rows = options["stage"], case["classes"], options["samples"]
+        x = torch.empty(2, rows, features, dtype=dtype, device="meta")
+        each = torch.empty(2, rows, device="meta")
+        weights = [each, each, row.long()] if "weights" in tensors else []
+        samples = torch.empty(2, 2 * rows, features, device="meta")
+        products = torch.empty(2, *[features if features <= rows else 2 * rows] * 2, device="meta")
+        kept = [x.float() if key in tensors else None for key in ("a", "b")]
+        covariance = products if "a" in tensors else None
+        arguments = (x, x, weights, weights, samples, products, row, *kept, covariance)
+    elif case["kernel"] == "sliced_wasserstein":
+        name = options.get("stage", "equal_ranks_kernel")
+        x = torch.empty(2, 64, case["classes"], device="meta")
+        weights = [x[:, 0].contiguous() if key in tensors else None for key in ("x_weights", "y_weights")]
+        grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
+        arguments = (x, x, *weights, options["p"], x[..., 0].contiguous(), *grads)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -338,7 +390,7 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     kernel = getattr(module, name)
     launches = {key: mock.MagicMock() for key in vars(module) if key.endswith("_kernel")}
     with mock.patch.multiple(module, **launches):
-        getattr(module, case["kernel"])(*arguments)
+        getattr(module, launcher)(*arguments)
     call = launches[name].__getitem__.return_value.call_args
     found = dict(zip(kernel.arg_names, call.args, strict=False)) | call.kwargs
     # Tensors of no memory have no address by which the launcher would know one head from two.
@@ -363,6 +415,14 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
         if options["samples"] == 128:
             return 2 + grads, grads
         return (1, 0) if options["stage"] == "gaussian_moments_kernel" else (grads, grads)
+    if kernel == "coral":
+        stores = 2 + len({"a", "b"} & set(tensors))
+        stages = {"means_kernel": (1, 0), "samples_kernel": (2, stores), "covariances_kernel": (2, 2)}
+        return stages.get(options["stage"], (4, 0))
+    if kernel == "sliced_wasserstein":
+        if options.get("stage") == "sort_kernel":
+            return 1, 1
+        return 2, 0  # each gradient is scattered, and weights are gathered
     if kernel == "masked_feature_loss":
         return 2, int("grad_student" in tensors)
     if kernel == "pool_mse":
@@ -397,6 +457,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
         torch.bfloat16: "bf16",
         torch.bool: "i1",
         torch.int64: "i64",
+        torch.float64: "fp64",
     }
     signature, constants, attributes = {}, {}, {}
 
@@ -435,6 +496,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
 
     # BLOCK_K is of something else: a sparse teacher's classes.
     tile = [value for name, value in arguments.items() if name.startswith("BLOCK_") and name != "BLOCK_K"]
+    tile = tile or [arguments["BLOCK"]] * 2  # the side of a square
     both = ("BLOCK_M", "BLOCK_D")
     shape = [arguments[name] for name in both] if arguments.keys() >= set(both) else tile
     elements = math.prod(shape) // (gpu.warp_size * options["num_warps"])
@@ -450,7 +512,7 @@ def compile_case(target: str, case: dict[str, Any]) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "loads_width": width,
         # As many elements as are loaded at once.
-        "stores_width": width * grad_itemsize // itemsize,
+        "stores_width": min(16, width * grad_itemsize // itemsize),
         "tile_loads": tile_loads * elements * itemsize,
         "tile_stores": tile_stores * elements * grad_itemsize,
     }

@@ -121,6 +121,7 @@ def _fake(a: Tensor, b: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 LIBRARY.impl("sliced_wasserstein", _body, "CPU")
+LIBRARY.impl("sliced_wasserstein", _body, "CUDA")
 torch.library.register_fake("kdkernels::sliced_wasserstein", _fake, lib=LIBRARY)
 
 
@@ -190,7 +191,7 @@ def sliced_wasserstein(
         x_weights, y_weights: floating (..., n) and (..., m), ≥ 0: what each sample counts for, in any scale;
             differentiable. Values are checked on the CPU only. A problem whose weights are all 0 on either side, or
             that has no samples, is 0.
-        backend: "reference" or "cpu"; None takes the best that there is. A named one is obeyed or raises.
+        backend: "reference", "cpu" or "triton"; None takes the best that there is. A named one is obeyed or raises.
 
     Returns:
         (...): float32, or float64 for float64 features; exactly 0 with gradient 0 where x equals y.
@@ -220,7 +221,7 @@ def sliced_wasserstein(
         if projections < 1:
             raise ValueError(f"projections must be at least 1, got {projections}")
         directions = draw_directions(projections, x.shape[-1], dtype, x.device, generator)
-    backend = resolve(backend, x, "x", has=("reference", "cpu"))
+    backend = resolve(backend, x, "x", has=("reference", "cpu", "triton"))
     x_weights = check_sample_weights(x_weights, x, "x_weights")
     y_weights = check_sample_weights(y_weights, y, "y_weights")
     if backend == "reference":
