@@ -561,5 +561,7 @@ def test_bad_options():
 def test_triton_has_no_float64():
     x, y = (z.to(device_of("triton")) for z in features(5, 4))
     for run in (mmd, energy_distance):
-        with pytest.raises(TypeError, match="backend 'triton' takes float32, float16, bfloat16; x is float64"):
+        with pytest.raises(
+            TypeError, match="backend 'triton' takes float32, float16, bfloat16; x is float64"
+        ):
             run(x, y, backend="triton")
