@@ -555,3 +555,13 @@ def test_bad_options():
     refused(ValueError, r"have no gradient: detach\(\)", bandwidths=torch.ones(2, requires_grad=True))
     with pytest.raises(TypeError, match="bandwidths"):
         energy_distance(x, y, bandwidths=1.0)
+
+
+@triton
+def test_triton_has_no_float64():
+    x, y = (z.to(device_of("triton")) for z in features(5, 4))
+    for run in (mmd, energy_distance):
+        with pytest.raises(
+            TypeError, match="backend 'triton' takes float32, float16, bfloat16; x is float64"
+        ):
+            run(x, y, backend="triton")

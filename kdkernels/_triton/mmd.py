@@ -44,7 +44,7 @@ NEAR = tl.constexpr(1 / 64)
 SMOOTH = tl.constexpr(16)
 # Samples of a batch that the centre is made of; any point near them would do.
 OF_CENTRE = 16
-# Samples, and features, that a step of the kernels over samples takes.
+# Samples and features that a step of the copy takes, and samples that one over weights does.
 BLOCK_SAMPLES, BLOCK_FEATURES, BLOCK_SHARES = 16, 64, 1024
 
 
@@ -203,6 +203,26 @@ def mmd_prepare_kernel(
 
 
 @triton.jit
+def _run(
+    starts_ptr,  # (problems, runs + 1) int64 or None
+    problem,
+    x_samples,
+    y_samples,
+    runs,
+):
+    # Where the samples of this program's class start, and end in x and in y.
+    begin = 0
+    x_end = x_samples
+    y_end = y_samples
+    if starts_ptr is not None:
+        starts = starts_ptr + problem * (runs + 1) + tl.program_id(0) % runs
+        begin = tl.load(starts).to(tl.int32)
+        x_end = tl.load(starts + 1).to(tl.int32)
+        y_end = x_end
+    return begin, x_end, y_end
+
+
+@triton.jit
 def _weights(
     weights_ptr,  # (samples,) float32 or None
     order_ptr,  # (samples,) int64 or None
@@ -219,7 +239,13 @@ def _weights(
 
 
 @triton.jit
-def _total(weights_ptr, order_ptr, begin, end, BLOCK: tl.constexpr):
+def _total(
+    weights_ptr,  # (samples,) float32 or None
+    order_ptr,  # (samples,) int64 or None
+    begin,
+    end,
+    BLOCK: tl.constexpr,
+):
     # The weight of the samples, and how many have weight.
     total = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -317,26 +343,6 @@ def mmd_shares_kernel(
             i = start + tl.arange(0, BLOCK)
             tl.store(here + i, tl.zeros_like(i) + begin, mask=i < x_end)
             tl.store(here + problems.to(tl.int64) * x_samples + i, tl.zeros_like(i) + x_end, mask=i < x_end)
-
-
-@triton.jit
-def _run(
-    starts_ptr,  # (problems, runs + 1) int64 or None
-    problem,
-    x_samples,
-    y_samples,
-    runs,
-):
-    # Where the samples of this program's class start, and end in x and in y.
-    begin = 0
-    x_end = x_samples
-    y_end = y_samples
-    if starts_ptr is not None:
-        starts = starts_ptr + problem * (runs + 1) + tl.program_id(0) % runs
-        begin = tl.load(starts).to(tl.int32)
-        x_end = tl.load(starts + 1).to(tl.int32)
-        y_end = x_end
-    return begin, x_end, y_end
 
 
 @triton.jit(do_not_specialize=["x_samples", "y_samples", "runs"])
@@ -603,6 +609,7 @@ def mmd_pairs_kernel(
                         b = tl.load(other_ptr + feature + f, mask=feature + f < depth, other=0.0)
                         away = _load_rows(z_ptr, row, exists, feature + f, depth) - b[None, :]
                         if sums_ptr is not None:
+                            # Other threads may have stored these sums.
                             tl.debug_barrier()
                             grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
                         # The gradient is the slopes' sum times z, less `grad`.
@@ -621,7 +628,6 @@ def mmd_pairs_kernel(
             for f in range(0, part, BLOCK_D):
                 b = _load_rows(z_ptr, column, there, feature + f, depth)
                 if sums_ptr is not None:
-                    # Other threads may have stored these sums.
                     tl.debug_barrier()
                     grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
                 grad = tl.dot(c, b, grad, input_precision="ieee")
