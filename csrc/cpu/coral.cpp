@@ -22,6 +22,8 @@ namespace {
 // Columns that are centred together, and rows of a product, that a thread takes at once.
 constexpr int64_t kColumns = 32;
 constexpr int64_t kRows = 16;
+// Bytes of each of its buffers that a thread keeps.
+constexpr int64_t kKept = 4 << 20;
 
 // The samples of one side that have weight.
 struct Side {
@@ -336,7 +338,7 @@ void run_jobs(const CoralParams& params, int threads) {
   const auto count = static_cast<int64_t>(jobs.size());
   const bool together = count < 2 * threads;
   const auto run = [&](int64_t begin, int64_t end) {
-    Room<S> room;
+    static thread_local Room<S> room;
     for (int64_t i = begin; i < end; ++i) {
       const double samples = static_cast<double>(std::max(jobs[i].count_x, jobs[i].count_y));
       const double d = static_cast<double>(params.features);
@@ -344,6 +346,10 @@ void run_jobs(const CoralParams& params, int threads) {
       const double most = together ? threads : 1;
       losses[i] =
           run_job<T>(params, jobs[i], static_cast<int>(std::clamp(useful, 1.0, most)), room);
+    }
+    for (Buffer<S>* buffer : {&room.difference, &room.sum, &room.cross, &room.grams[0],
+                              &room.grams[1], &room.packed[0], &room.packed[1]}) {
+      buffer->keep_at_most(kKept);
     }
   };
   if (together) {

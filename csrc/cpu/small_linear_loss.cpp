@@ -23,6 +23,8 @@ namespace {
 
 // Classes that are packed, or whose gradients are summed, at once.
 constexpr int64_t kBlock = kProductColumns;
+// Bytes of each of its buffers that a thread keeps.
+constexpr int64_t kKept = 4 << 20;
 
 template <typename S>
 struct Matrix {
@@ -150,7 +152,8 @@ void copy_rows(const LinearSide& given, const void* from, int64_t stride, int64_
 
 template <typename S>
 void run(const SmallLinearLossParams& params, int threads) {
-  Work<S> work;
+  static thread_local Work<S> kept;
+  Work<S>& work = kept;  // the calling thread's in all of them
   work.rows = params.losses[0].rows;
   work.classes = params.losses[0].classes;
   work.width = product_width(work.classes);
@@ -244,6 +247,9 @@ void run(const SmallLinearLossParams& params, int threads) {
         if (side.given->grad_bias != nullptr) sum_rows(work, side, first, last);
       }
     });
+  }
+  for (Side<S>& side : work.sides) {
+    for (Buffer<S>& buffer : side.memory) buffer.keep_at_most(kKept);
   }
 }
 

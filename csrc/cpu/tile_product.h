@@ -42,6 +42,14 @@ class Buffer {
     return memory_.get();
   }
 
+  // Gives the memory back unless it is so little: what a thread keeps for its next call of a kernel
+  // need not be brought in page by page again.
+  void keep_at_most(int64_t bytes) {
+    if (size_ * static_cast<int64_t>(sizeof(S)) <= bytes) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
  private:
   static constexpr std::align_val_t kAlign{64};
   struct Free {
