@@ -62,7 +62,7 @@ CASES = {
     "mmd, linear": Case(partial(kdkernels.mmd, kernel="linear"), terms=4),
     "energy_distance": Case(kdkernels.energy_distance, ("reference", "cpu", "triton"), terms=20),
     "sliced_wasserstein": Case(sliced, ("reference", "cpu", "triton"), labels=False),
-    "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu"), labels=False),
+    "sliced_wasserstein, p=1": Case(partial(sliced, p=1), ("reference", "cpu", "triton"), labels=False),
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu", "triton"), labels=False),
     # So much entropy that 60 iterations converge to the last bit.
     "sinkhorn": Case(partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60), ("reference", "cpu")),
