@@ -225,6 +225,38 @@ struct PoolMseParams {
   DType dtype;
 };
 
+// Two batches of features, problem by problem, and what a distance of them fills. Of weights that
+// are null all are 1. A null output is not computed.
+struct PairParams {
+  const void* x;          // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
+  const void* y;          // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
+  const int64_t* labels;  // (problems, x_samples) contiguous, or null
+  const void* x_weights;  // (problems, x_samples) statistics, contiguous, or null
+  const void* y_weights;  // (problems, y_samples) statistics, contiguous, or null
+  void* loss;             // (problems,) statistics
+  void* grad_x;           // (problems, x_samples, features) contiguous, or null
+  void* grad_y;           // (problems, y_samples, features) contiguous, or null
+  int64_t problems;
+  int64_t x_samples;
+  int64_t y_samples;
+  int64_t features;
+  int64_t x_problem_stride;
+  int64_t x_stride;
+  int64_t y_problem_stride;
+  int64_t y_stride;
+  DType dtype;
+};
+
+// CORAL takes no more than that: squared Frobenius distances of covariances, over 4 features^2,
+// with samples' weights w that are made to add up to 1 and C = sum w (x - mean)(x - mean)^T / (1 -
+// sum w^2):
+//
+//   loss = |C_x - C_y|^2 / (4 features^2)
+//
+// With labels (x and y have the same samples then), the sum over each problem's classes. A problem
+// or class with fewer than two samples of positive weight on a side is 0. Where x and y are equal,
+// loss and gradients are exactly 0.
+
 enum class GaussianDistance : int32_t { kWasserstein = 0, kKl = 1 };
 
 // Distances of the diagonal Gaussians of two batches of features. With means and variances (ddof 0)
@@ -237,56 +269,11 @@ enum class GaussianDistance : int32_t { kWasserstein = 0, kKl = 1 };
 //
 // With labels (x and y have the same samples then), the sum over each problem's classes; of a KL,
 // those with min_samples samples of positive weight on both sides. What has no weight on a side is
-// 0. A null output is not computed.
-struct GaussianParams {
-  const void* x;          // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
-  const void* y;          // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
-  const int64_t* labels;  // (problems, x_samples) contiguous, or null
-  const void* x_weights;  // (problems, x_samples) statistics, contiguous, or null: 1
-  const void* y_weights;  // (problems, y_samples) statistics, contiguous, or null: 1
-  void* loss;             // (problems,) statistics
-  void* grad_x;           // (problems, x_samples, features) contiguous, or null
-  void* grad_y;           // (problems, y_samples, features) contiguous, or null
+// 0.
+struct GaussianParams : PairParams {
   double eps;
   int64_t min_samples;
-  int64_t problems;
-  int64_t x_samples;
-  int64_t y_samples;
-  int64_t features;
-  int64_t x_problem_stride;
-  int64_t x_stride;
-  int64_t y_problem_stride;
-  int64_t y_stride;
   GaussianDistance distance;
-  DType dtype;
-};
-
-// Squared Frobenius distances of covariances, over 4 features^2, with samples' weights w that are
-// made to add up to 1 and C = sum w (x - mean)(x - mean)^T / (1 - sum w^2):
-//
-//   loss = |C_x - C_y|^2 / (4 features^2)
-//
-// With labels (x and y have the same samples then), the sum over each problem's classes. A problem
-// or class with fewer than two samples of positive weight on a side is 0. Where x and y are equal,
-// loss and gradients are exactly 0. A null output is not computed.
-struct CoralParams {
-  const void* x;          // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
-  const void* y;          // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
-  const int64_t* labels;  // (problems, x_samples) contiguous, or null
-  const void* x_weights;  // (problems, x_samples) statistics, contiguous, or null: 1
-  const void* y_weights;  // (problems, y_samples) statistics, contiguous, or null: 1
-  void* loss;             // (problems,) statistics
-  void* grad_x;           // (problems, x_samples, features) contiguous, or null
-  void* grad_y;           // (problems, y_samples, features) contiguous, or null
-  int64_t problems;
-  int64_t x_samples;
-  int64_t y_samples;
-  int64_t features;
-  int64_t x_problem_stride;
-  int64_t x_stride;
-  int64_t y_problem_stride;
-  int64_t y_stride;
-  DType dtype;
 };
 
 // The kernels of a maximum mean discrepancy, each summed over the bandwidths s; r = |a - b|.
@@ -309,29 +296,12 @@ enum class MmdKernel : int32_t {
 // have the same samples then), the sum over each problem's classes, each with a bandwidth of its
 // own. A problem or class without a sample of positive weight on each side (`unbiased`: two) is 0.
 // Where x and y are equal, and not `unbiased`, loss and gradients are exactly 0. The gradient of r
-// at r = 0 is 0. A null output is not computed.
-struct MmdParams {
-  const void* x;           // (problems, x_samples, features), strides x_problem_stride, x_stride, 1
-  const void* y;           // (problems, y_samples, features), strides y_problem_stride, y_stride, 1
-  const int64_t* labels;   // (problems, x_samples) contiguous, or null
-  const void* x_weights;   // (problems, x_samples) statistics, contiguous, or null: 1
-  const void* y_weights;   // (problems, y_samples) statistics, contiguous, or null: 1
+// at r = 0 is 0.
+struct MmdParams : PairParams {
   const void* bandwidths;  // (bandwidth_count,) statistics, contiguous, or null
-  void* loss;              // (problems,) statistics
-  void* grad_x;            // (problems, x_samples, features) contiguous, or null
-  void* grad_y;            // (problems, y_samples, features) contiguous, or null
   int64_t bandwidth_count;
-  int64_t problems;
-  int64_t x_samples;
-  int64_t y_samples;
-  int64_t features;
-  int64_t x_problem_stride;
-  int64_t x_stride;
-  int64_t y_problem_stride;
-  int64_t y_stride;
   MmdKernel kernel;
   bool unbiased;
-  DType dtype;
 };
 
 // Squared differences of feature maps under a weight map:
@@ -484,7 +454,7 @@ struct SinkhornParams {
 namespace cpu {
 bool has_bf16_linear();
 void bf16_linear(const Bf16LinearParams& params, int threads);
-void coral(const CoralParams& params, int threads);
+void coral(const PairParams& params, int threads);
 void gaussian(const GaussianParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);

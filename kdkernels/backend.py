@@ -436,77 +436,35 @@ def native_scale_rows(run: Callable[..., None], where: Callable[[Tensor], int]) 
     return scale_rows
 
 
-def _pair(
-    x: Tensor,  # (B, n, d), features side by side
-    y: Tensor,  # (B, m, d), features side by side
-    labels: Tensor | None,  # (B, n) int64, contiguous
-    x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
-    y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
-) -> tuple[Any, ...]:
-    """Two batches of features, as the kernels over them take them."""
-    problems, samples, width = x.shape
-    return (
-        _DTYPE_CODE[x.dtype],
-        problems,
-        samples,
-        y.shape[1],
-        width,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        x,
-        y,
-        labels,
-        x_weights,
-        y_weights,
-    )
+def native_pair(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
+    """As native_kl_div, of a distance of two batches."""
 
-
-def native_coral(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
-    """As native_kl_div."""
-
-    def coral(
+    def distance(
         x: Tensor,  # (B, n, d), features side by side
         y: Tensor,  # (B, m, d), features side by side
         labels: Tensor | None,  # (B, n) int64, contiguous
         x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
         y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
-        loss: Tensor,  # (B,)
-        grad_x: Tensor | None,  # (B, n, d) contiguous
-        grad_y: Tensor | None,  # (B, m, d) contiguous
+        *rest: Any,  # the distance's options; then loss (B,), grad_x (B, n, d) and grad_y (B, m, d), or None
     ) -> None:
-        run(where(x), *_pair(x, y, labels, x_weights, y_weights), loss, grad_x, grad_y)
-
-    return coral
-
-
-def native_gaussian(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
-    """As native_kl_div."""
-
-    def gaussian(
-        x: Tensor,  # (B, n, d), features side by side
-        y: Tensor,  # (B, m, d), features side by side
-        labels: Tensor | None,  # (B, n) int64, contiguous
-        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
-        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
-        distance: int,
-        eps: float,
-        min_samples: int,
-        loss: Tensor,  # (B,)
-        grad_x: Tensor | None,  # (B, n, d) contiguous
-        grad_y: Tensor | None,  # (B, m, d) contiguous
-    ) -> None:
-        run(
-            where(x),
-            *_pair(x, y, labels, x_weights, y_weights),
-            distance,
-            eps,
-            min_samples,
-            loss,
-            grad_x,
-            grad_y,
+        problems, samples, width = x.shape
+        pair = (
+            _DTYPE_CODE[x.dtype],
+            problems,
+            samples,
+            y.shape[1],
+            width,
+            *x.stride()[:2],
+            *y.stride()[:2],
+            x,
+            y,
+            labels,
+            x_weights,
+            y_weights,
         )
+        run(where(x), pair, *rest)
 
-    return gaussian
+    return distance
 
 
 def native_masked_feature_loss(
@@ -541,34 +499,17 @@ def native_masked_feature_loss(
 
 
 def native_mmd(run: Callable[..., None], where: Callable[[Tensor], int]) -> Callable[..., None]:
-    """As native_kl_div."""
+    """As native_pair."""
 
-    def mmd(
-        x: Tensor,  # (B, n, d), features side by side
-        y: Tensor,  # (B, m, d), features side by side
-        labels: Tensor | None,  # (B, n) int64, contiguous
-        x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
-        y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
+    def counted(
+        where: int,
+        pair: tuple[Any, ...],
         bandwidths: Tensor | None,  # (K,) statistics' dtype, contiguous
-        kernel: int,
-        unbiased: bool,
-        loss: Tensor,  # (B,)
-        grad_x: Tensor | None,  # (B, n, d) contiguous
-        grad_y: Tensor | None,  # (B, m, d) contiguous
+        *rest: Any,
     ) -> None:
-        run(
-            where(x),
-            *_pair(x, y, labels, x_weights, y_weights),
-            bandwidths,
-            0 if bandwidths is None else len(bandwidths),
-            kernel,
-            unbiased,
-            loss,
-            grad_x,
-            grad_y,
-        )
+        run(where, pair, bandwidths, 0 if bandwidths is None else len(bandwidths), *rest)
 
-    return mmd
+    return native_pair(counted, where)
 
 
 def native_sliced_wasserstein(
@@ -769,8 +710,8 @@ TRITON = (
 )
 # What the native module has for the CPU alone.
 NATIVE_CPU = {
-    "coral": native_coral,
-    "gaussian": native_gaussian,
+    "coral": native_pair,
+    "gaussian": native_pair,
     "masked_feature_loss": native_masked_feature_loss,
     "mmd": native_mmd,
     "sliced_wasserstein": native_sliced_wasserstein,

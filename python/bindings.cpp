@@ -285,41 +285,14 @@ PoolMseParams pool_mse_params(int dtype, int64_t batch, int64_t channels, int64_
   return params;
 }
 
-GaussianParams gaussian_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
-                               int64_t features, int64_t x_problem_stride, int64_t x_stride,
-                               int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
-                               Address labels, Address x_weights, Address y_weights, int distance,
-                               double eps, int64_t min_samples, Address loss, Address grad_x,
-                               Address grad_y) {
-  GaussianParams params;
-  params.x = x;
-  params.y = y;
-  params.labels = labels;
-  params.x_weights = x_weights;
-  params.y_weights = y_weights;
-  params.loss = loss;
-  params.grad_x = grad_x;
-  params.grad_y = grad_y;
-  params.eps = eps;
-  params.min_samples = min_samples;
-  params.problems = problems;
-  params.x_samples = x_samples;
-  params.y_samples = y_samples;
-  params.features = features;
-  params.x_problem_stride = x_problem_stride;
-  params.x_stride = x_stride;
-  params.y_problem_stride = y_problem_stride;
-  params.y_stride = y_stride;
-  params.distance = static_cast<GaussianDistance>(distance);
-  params.dtype = static_cast<DType>(dtype);
-  return params;
-}
+// dtype, problems, x_samples, y_samples, features, x_problem_stride, x_stride, y_problem_stride,
+// y_stride, x, y, labels, x_weights, y_weights.
+using Pair = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                        Address, Address, Address, Address, Address>;
 
-CoralParams coral_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
-                         int64_t features, int64_t x_problem_stride, int64_t x_stride,
-                         int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
-                         Address labels, Address x_weights, Address y_weights, Address loss,
-                         Address grad_x, Address grad_y) {
+PairParams pair_params(const Pair& pair, Address loss, Address grad_x, Address grad_y) {
+  const auto [dtype, problems, x_samples, y_samples, features, x_problem_stride, x_stride,
+              y_problem_stride, y_stride, x, y, labels, x_weights, y_weights] = pair;
   return {x,
           y,
           labels,
@@ -339,35 +312,16 @@ CoralParams coral_params(int dtype, int64_t problems, int64_t x_samples, int64_t
           static_cast<DType>(dtype)};
 }
 
-MmdParams mmd_params(int dtype, int64_t problems, int64_t x_samples, int64_t y_samples,
-                     int64_t features, int64_t x_problem_stride, int64_t x_stride,
-                     int64_t y_problem_stride, int64_t y_stride, Address x, Address y,
-                     Address labels, Address x_weights, Address y_weights, Address bandwidths,
-                     int64_t bandwidth_count, int kernel, bool unbiased, Address loss,
-                     Address grad_x, Address grad_y) {
-  MmdParams params;
-  params.x = x;
-  params.y = y;
-  params.labels = labels;
-  params.x_weights = x_weights;
-  params.y_weights = y_weights;
-  params.bandwidths = bandwidths;
-  params.loss = loss;
-  params.grad_x = grad_x;
-  params.grad_y = grad_y;
-  params.bandwidth_count = bandwidth_count;
-  params.problems = problems;
-  params.x_samples = x_samples;
-  params.y_samples = y_samples;
-  params.features = features;
-  params.x_problem_stride = x_problem_stride;
-  params.x_stride = x_stride;
-  params.y_problem_stride = y_problem_stride;
-  params.y_stride = y_stride;
-  params.kernel = static_cast<MmdKernel>(kernel);
-  params.unbiased = unbiased;
-  params.dtype = static_cast<DType>(dtype);
-  return params;
+GaussianParams gaussian_params(const Pair& pair, int distance, double eps, int64_t min_samples,
+                               Address loss, Address grad_x, Address grad_y) {
+  return {pair_params(pair, loss, grad_x, grad_y), eps, min_samples,
+          static_cast<GaussianDistance>(distance)};
+}
+
+MmdParams mmd_params(const Pair& pair, Address bandwidths, int64_t bandwidth_count, int kernel,
+                     bool unbiased, Address loss, Address grad_x, Address grad_y) {
+  return {pair_params(pair, loss, grad_x, grad_y), bandwidths, bandwidth_count,
+          static_cast<MmdKernel>(kernel), unbiased};
 }
 
 MaskedFeatureLossParams masked_feature_loss_params(int dtype, int64_t samples, int64_t channels,
@@ -482,7 +436,7 @@ void bind_cuda(py::module_& m, const char* name, Params (*make)(Args...),
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kdkernels.";
-  bind_cpu(m, "cpu_coral", coral_params, cpu::coral);
+  bind_cpu(m, "cpu_coral", pair_params, cpu::coral);
   bind_cpu(m, "cpu_gaussian", gaussian_params, cpu::gaussian);
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);

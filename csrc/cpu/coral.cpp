@@ -192,7 +192,7 @@ void butterfly(int64_t n, S* a, S* b) {
 }
 
 template <typename T>
-double run_job(const CoralParams& params, const Job& job, int threads,
+double run_job(const PairParams& params, const Job& job, int threads,
                Room<typename Statistics<T>::Type>& room) {
   using S = typename Statistics<T>::Type;
   const int64_t d = params.features, width = product_width(d);
@@ -328,7 +328,7 @@ double run_job(const CoralParams& params, const Job& job, int threads,
 }
 
 template <typename T>
-void run_jobs(const CoralParams& params, int threads) {
+void run_jobs(const PairParams& params, int threads) {
   using S = typename Statistics<T>::Type;
   std::vector<Classes> classes;
   const std::vector<Job> jobs =
@@ -366,7 +366,7 @@ void run_jobs(const CoralParams& params, int threads) {
 
 }  // namespace
 
-void coral(const CoralParams& params, int threads) {
+void coral(const PairParams& params, int threads) {
   for_dtype(params.dtype, run_jobs<float>, run_jobs<Float16>, run_jobs<BFloat16>, run_jobs<double>)(
       params, threads);
 }
