@@ -542,13 +542,13 @@ def _resolve(backend: str | None, x: Tensor, y: Tensor, debias: bool) -> str:
         properties = torch.cuda.get_device_properties(x.device)
         there = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     if needed <= there:
-        return resolve(backend, x, "x", has=("reference", "cpu", "cuda"))
+        return resolve(backend, x, "x", has=("reference", "cpu", "triton", "cuda"))
     if backend == "cuda":
         raise ValueError(
             f"backend 'cuda' has problems whose costs fit into {there} bytes of shared memory; n = {n} and m = {m} "
             f"take {needed}"
         )
-    return resolve(backend, x, "x", has=("reference", "cpu"))
+    return resolve(backend, x, "x", has=("reference", "cpu", "triton"))
 
 
 def check_positive(value: Any, name: str) -> None:

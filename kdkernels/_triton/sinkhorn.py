@@ -1,0 +1,841 @@
+"""Entropic transport of two batches, with its gradients, without the matrix of pairs; formulas in kdkernels.ops.sinkhorn.
+
+Potentials are in the log domain. A program has a block of rows of one batch and goes over the samples of the other one,
+or of its own where the two are debiased: tiles of inner products, summed over the features in steps, become costs, and
+these an online log-sum-exp, T g. Rows of both batches, and of the transport within each, are one launch while all
+iterations average; where a problem may alternate, g follows f in a second one. Old and new potentials are two buffers.
+
+The schedule of each problem is made from its largest cost on the device, and a problem that `tol` stops has a flag there
+whose programs copy: the host waits for nothing.
+
+|a|^2 + |b|^2 - 2 ab says little of a distance that is small beside |a| and |b|: such pairs are differenced.
+
+2 d operations for each pair of each pass, of which there is one for each iteration, one for the largest cost, and one
+for each BLOCK_D features of the gradient. No atomics: sums have one order. Memory beyond the outputs: x and y in float32.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kdkernels._triton.mmd import (
+    BLOCK_FEATURES,
+    BLOCK_SAMPLES,
+    LN2,
+    NEAR,
+    OF_CENTRE,
+    mmd_prepare_kernel,
+)
+from kdkernels._triton.rows import LOG2E, LOWEST
+
+# Cost in csrc/kdkernels.h
+COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}
+SQEUCLIDEAN = tl.constexpr(0)
+EUCLIDEAN = tl.constexpr(1)
+COSINE = tl.constexpr(2)
+# As in kdkernels.ops.sinkhorn.
+AVERAGED = tl.constexpr(16)
+CHECK = 4
+# Where |a|^2 + |b|^2 is below so many epsilon a squared distance is not differenced: rounding moves an exponent by 4 eps
+# at most.
+SMOOTH = tl.constexpr(4)
+# Samples, or iterations, that a step over what there is one of for each takes.
+BLOCK = 1024
+
+
+class Tile(NamedTuple):
+    """A program takes block_m rows, with block_d features of their gradient, and walks along the samples by block_n,
+    with inner products over block_k features a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_d: int
+
+
+def tile(problems: int, x_samples: int, y_samples: int) -> Tile:
+    """The largest rows that leave 128 programs to each batch, of those that sm_80, sm_90, sm_100 and gfx942 hold in
+    registers (tests/test_triton_compile.py)."""
+    block_m = 64
+    while block_m > 16 and problems * triton.cdiv(min(x_samples, y_samples), block_m) < 128:
+        block_m //= 2
+    return Tile(block_m, 32, 16, 64)
+
+
+@triton.jit
+def _place(
+    n,
+    m,
+    BLOCK_M: tl.constexpr,
+):
+    # The program's problem and rows: blocks of x, then of y.
+    x_blocks = (n + BLOCK_M - 1) // BLOCK_M
+    row_blocks = x_blocks + (m + BLOCK_M - 1) // BLOCK_M
+    problem = (tl.program_id(0) // row_blocks).to(tl.int64)
+    block = tl.program_id(0) % row_blocks
+    of_y = block >= x_blocks
+    i = (block - tl.where(of_y, x_blocks, 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return problem, of_y, i, i < tl.where(of_y, m, n), problem * (n + m) + tl.where(of_y, n, 0) + i
+
+
+@triton.jit
+def _columns(
+    problem,
+    of_y,
+    own,
+    n,
+    m,
+):
+    # How many samples these rows meet, and where those start.
+    meet_y = of_y == (own != 0)
+    return tl.where(meet_y, m, n), problem * (n + m) + tl.where(meet_y, n, 0)
+
+
+@triton.jit
+def _load_rows(
+    z_ptr,  # (.., depth) float32
+    row,  # (BLOCK,)
+    exists,  # (BLOCK,)
+    column,  # (BLOCK_K,)
+    depth,
+):
+    mask = exists[:, None] & (column < depth)[None, :]
+    return tl.load(z_ptr + (row[:, None] * depth + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _distances(
+    z_ptr,  # (problems, n + m, depth) float32
+    squares_ptr,  # (problems, n + m) float32
+    row,  # (BLOCK_M,)
+    exists,  # (BLOCK_M,)
+    first,
+    j,  # (BLOCK_N,)
+    there,  # (BLOCK_N,)
+    same,  # (BLOCK_M, BLOCK_N)
+    depth,
+    epsilon,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Costs of the rows and of the samples `first` + j, without what is added to them.
+    column = first + j
+    block_n = tl.arange(0, BLOCK_N)
+    block_k = tl.arange(0, BLOCK_K)
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        a = _load_rows(z_ptr, row, exists, k + block_k, depth)
+        b = _load_rows(z_ptr, column, there, k + block_k, depth)
+        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    if COST == COSINE:
+        x = 1.0 - products
+    else:
+        both = tl.load(squares_ptr + row, mask=exists, other=0.0)[:, None]
+        both += tl.load(squares_ptr + column, mask=there, other=0.0)[None, :]
+        x = both - 2.0 * products
+        x = tl.where(same | (x < 0.0), 0.0, x)
+        least = both
+        if COST == SQEUCLIDEAN:
+            least -= SMOOTH * epsilon
+        near = exists[:, None] & there[None, :] & (same == 0) & (x < least * NEAR)
+        hits = tl.where(tl.max(near.to(tl.int32), 0) != 0, block_n, BLOCK_N)
+        q = tl.min(hits, 0)
+        while q < BLOCK_N:
+            chosen = block_n == q
+            other_ptr = z_ptr + tl.sum(tl.where(chosen, column, 0), 0) * depth
+            squared = tl.zeros((BLOCK_M,), tl.float32)
+            for k in range(0, depth, BLOCK_K):
+                b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
+                away = _load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
+                squared += tl.sum(away * away, 1)
+            x = tl.where(near & chosen[None, :], squared[:, None], x)
+            q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)
+        if COST == EUCLIDEAN:
+            x = tl.sqrt_rn(x)
+    return x
+
+
+@triton.jit
+def _added(
+    extra_ptr,  # (problems, n, m) float32 or None
+    extra_x_ptr,  # (problems, n, n) float32 or None
+    extra_y_ptr,  # (problems, m, m) float32 or None
+    distance,  # (BLOCK_M, BLOCK_N)
+    problem,
+    of_y,
+    own,
+    i,  # (BLOCK_M,)
+    exists,  # (BLOCK_M,)
+    j,  # (BLOCK_N,)
+    there,  # (BLOCK_N,)
+    n,
+    m,
+):
+    if extra_ptr is not None:
+        mask = exists[:, None] & there[None, :]
+        i = i.to(tl.int64)[:, None]
+        j = j.to(tl.int64)[None, :]
+        extra = extra_ptr + problem * n * m + tl.where(of_y, j * m + i, i * m + j)
+        distance += tl.load(extra, mask=mask & (own == 0), other=0.0)
+        if extra_x_ptr is not None:
+            extra = extra_x_ptr + problem * n * n + (i * n + j)
+            distance += tl.load(extra, mask=mask & (own != 0) & (of_y == 0), other=0.0)
+            extra = extra_y_ptr + problem * m * m + (i * m + j)
+            distance += tl.load(extra, mask=mask & (own != 0) & of_y, other=0.0)
+    return distance
+
+
+@triton.jit(do_not_specialize=["n", "m", "depth"])
+def sinkhorn_largest_kernel(
+    z_ptr,  # (problems, n + m, depth) float32
+    squares_ptr,  # (problems, n + m) float32
+    extra_ptr,  # (problems, n, m) float32 or None
+    extra_x_ptr,  # (problems, n, n) float32 or None
+    extra_y_ptr,  # (problems, m, m) float32 or None
+    largest_ptr,  # (halves, problems, row blocks) float32: the largest |cost| that a block of rows has
+    n,
+    m,
+    depth,
+    epsilon,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    depth = (depth // 16) * 16
+    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    own = tl.program_id(1)
+    if of_y and own == 0:
+        return
+    columns, first = _columns(problem, of_y, own, n, m)
+    largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        there = j < columns
+        same = (i[:, None] == j[None, :]) & (own != 0)
+        x = _distances(
+            z_ptr,
+            squares_ptr,
+            row,
+            exists,
+            first,
+            j,
+            there,
+            same,
+            depth,
+            epsilon,
+            COST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        x = tl.abs(
+            _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
+        )
+        # What is not a number is not finite either.
+        x = tl.where(x < float("inf"), x, float("inf"))
+        largest = tl.maximum(largest, tl.where(exists[:, None] & there[None, :], x, 0.0))
+    to = own * tl.num_programs(0) + tl.program_id(0)
+    tl.store(largest_ptr + to, tl.max(tl.max(largest, 1), 0))
+
+
+@triton.jit
+def _blocks_of(
+    kind,
+    x_blocks,
+    row_blocks,
+):
+    # The blocks of rows of a problem of x and y (all), of x and x, of y and y.
+    return tl.where(kind == 2, x_blocks, 0), tl.where(kind == 1, x_blocks, row_blocks)
+
+
+@triton.jit(do_not_specialize=["x_blocks", "row_blocks", "iterations"])
+def sinkhorn_schedule_kernel(
+    largest_ptr,  # (halves, problems, row blocks) float32
+    scales_ptr,  # (iterations, kinds, problems) float32: epsilon of each iteration
+    levels_ptr,  # (kinds, problems) int32: how many come before the last one
+    x_blocks,
+    row_blocks,
+    iterations,
+    epsilon,
+    BLOCK: tl.constexpr,
+):
+    problems = tl.num_programs(0)
+    problem = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    begin, end = _blocks_of(kind, x_blocks, row_blocks)
+    end = tl.where(kind == 0, x_blocks, end)
+    largest_ptr += (tl.where(kind == 0, 0, problems) + problem) * row_blocks
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(largest_ptr + block, mask=block < end, other=0.0))
+    top = tl.max(largest, 0).to(tl.float64)
+    # log2 of the ratio of one epsilon to the one before
+    steps = iterations // 2
+    fast = tl.log2(epsilon / tl.where(top > 0.0, top, 1.0)) / tl.maximum(steps, 1)
+    ratio = tl.where(top * tl.exp2(-steps.to(tl.float64)) <= epsilon, -1.0, fast)
+    top = tl.where(steps > 0, top, 0.0 * top)
+    levels = tl.zeros((BLOCK,), tl.int32)
+    to = kind * problems + problem
+    for start in range(0, iterations, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        scale = top * tl.exp2(k.to(tl.float64) * ratio)
+        above = (k < iterations) & (scale > epsilon * (1 + 1e-6))
+        levels += above.to(tl.int32)
+        scale = tl.where(above, scale.to(tl.float32), epsilon)
+        # Costs that are not finite leave nothing finite.
+        scale = tl.where(top < float("inf"), scale, float("nan"))
+        tl.store(
+            scales_ptr + (k.to(tl.int64) * tl.num_programs(1) * problems + to), scale, mask=k < iterations
+        )
+    tl.store(levels_ptr + to, tl.sum(levels, 0))
+
+
+@triton.jit(do_not_specialize=["n", "m", "depth", "k", "part"])
+def sinkhorn_step_kernel(
+    z_ptr,  # (problems, n + m, depth) float32
+    squares_ptr,  # (problems, n + m) float32
+    weights_ptr,  # (problems, n + m) float32
+    extra_ptr,  # (problems, n, m) float32 or None
+    extra_x_ptr,  # (problems, n, n) float32 or None
+    extra_y_ptr,  # (problems, m, m) float32 or None
+    scales_ptr,  # (iterations, kinds, problems) float32
+    levels_ptr,  # (kinds, problems) int32
+    moving_ptr,  # (kinds, problems) int32 or None: all are
+    potentials_ptr,  # (2, halves, problems, n + m) float32: f and g, of x and y, of each batch alone; two buffers
+    changes_ptr,  # (halves, problems, row blocks) float32 or None: the largest change that a block of rows has
+    n,
+    m,
+    depth,
+    problems,
+    k,
+    part,  # of the iteration: all at once; all but g; g
+    epsilon,
+    rho,
+    DEBIAS: tl.constexpr,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    depth = (depth // 16) * 16
+    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    own = tl.program_id(1)
+    if (part == 1 and (of_y and own == 0)) or (part == 2 and of_y == 0):
+        return
+    half = problems.to(tl.int64) * (n + m)
+    buffer = half * (1 + DEBIAS)
+    old = (k % 2) * buffer + own * half
+    new = ((k + 1) % 2) * buffer + own * half
+    before = tl.load(potentials_ptr + old + row, mask=exists, other=0.0)
+    kind = tl.where(own == 0, 0, 1 + of_y.to(tl.int32))
+    of = kind * problems + problem
+    if moving_ptr is not None:
+        if tl.load(moving_ptr + of) == 0:
+            tl.store(potentials_ptr + new + row, before, mask=exists)
+            return
+    scale = tl.load(scales_ptr + (k * (1 + 2 * DEBIAS) * problems.to(tl.int64) + of))
+    alternating = (own == 0) & (k >= tl.load(levels_ptr + of) + AVERAGED)
+    source = tl.where(alternating & of_y, new, old)
+    columns, first = _columns(problem, of_y, own, n, m)
+    inverse = LOG2E / scale
+
+    largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        there = j < columns
+        same = (i[:, None] == j[None, :]) & (own != 0)
+        x = _distances(
+            z_ptr,
+            squares_ptr,
+            row,
+            exists,
+            first,
+            j,
+            there,
+            same,
+            depth,
+            epsilon,
+            COST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        x = _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
+        weight = tl.load(weights_ptr + first + j, mask=there, other=0.0)
+        log_weight = tl.where(weight == 0.0, float("-inf"), tl.log2(tl.where(weight == 0.0, 1.0, weight)))
+        potential = tl.load(potentials_ptr + source + first + j, mask=there, other=0.0)
+        x = log_weight[None, :] + (potential[None, :] - x) * inverse
+        top = tl.maximum(largest, tl.max(x, 1))
+        total = total * tl.exp2(largest - top) + tl.sum(tl.exp2(x - top[:, None]), 1)
+        largest = top
+    none = total == 0.0
+    softmin = -scale * LN2 * (largest + tl.log2(tl.where(none, 1.0, total)))
+    to = tl.where(none, 0.0, softmin)
+    to *= tl.where(rho == float("inf"), 1.0, rho / (rho + scale))
+    after = tl.where(alternating, to, 0.5 * (before + to))
+    tl.store(potentials_ptr + new + row, after, mask=exists)
+    if changes_ptr is not None:
+        change = tl.max(tl.where(exists, tl.abs(after - before), 0.0), 0)
+        tl.store(changes_ptr + (own * tl.num_programs(0) + tl.program_id(0)), change)
+
+
+@triton.jit(do_not_specialize=["x_blocks", "row_blocks", "k"])
+def sinkhorn_stop_kernel(
+    changes_ptr,  # (halves, problems, row blocks) float32
+    levels_ptr,  # (kinds, problems) int32
+    moving_ptr,  # (kinds, problems) int32
+    x_blocks,
+    row_blocks,
+    k,
+    tol,
+    BLOCK: tl.constexpr,
+):
+    problems = tl.num_programs(0)
+    problem = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    begin, end = _blocks_of(kind, x_blocks, row_blocks)
+    changes_ptr += (tl.where(kind == 0, 0, problems) + problem) * row_blocks
+    moves = tl.zeros((BLOCK,), tl.int32)
+    for start in range(begin, end, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        change = tl.load(changes_ptr + block, mask=block < end, other=0.0)
+        moves = tl.maximum(moves, 1 - (change <= tol).to(tl.int32))
+    of = kind * problems + problem
+    moving = (tl.max(moves, 0) != 0) | (k < tl.load(levels_ptr + of))
+    # Of what has stopped there are old changes.
+    moving = moving & (tl.load(moving_ptr + of) != 0)
+    tl.store(moving_ptr + of, moving.to(tl.int32))
+
+
+@triton.jit
+def _mass_of(
+    weights_ptr,  # (samples,) float32
+    potentials_ptr,  # (samples,) float32
+    samples,
+    BLOCK: tl.constexpr,
+):
+    # The weights' sum, and that of the weighted potentials.
+    mass = tl.zeros((BLOCK,), tl.float32)
+    level = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, samples, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        weight = tl.load(weights_ptr + i, mask=i < samples, other=0.0)
+        mass += weight
+        level += weight * tl.load(potentials_ptr + i, mask=i < samples, other=0.0)
+    return tl.sum(mass, 0), tl.sum(level, 0)
+
+
+@triton.jit(do_not_specialize=["n", "m", "problems"])
+def sinkhorn_finish_kernel(
+    weights_ptr,  # (problems, n + m) float32
+    potentials_ptr,  # (halves, problems, n + m) float32: as the iteration left them, and as they are from then on
+    other_ptr,  # (problems,) bool or None: whether y is another batch than x
+    f_ptr,  # (problems, n)
+    g_ptr,  # (problems, m)
+    f_self_ptr,  # (problems, n) or None
+    g_self_ptr,  # (problems, m) or None
+    n,
+    m,
+    problems,
+    rho,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    weights_ptr += problem * (n + m)
+    x_ptr = potentials_ptr + problem * (n + m)
+    own_ptr = x_ptr + problems.to(tl.int64) * (n + m)
+    a, of_f = _mass_of(weights_ptr, x_ptr, n, BLOCK)
+    b, of_g = _mass_of(weights_ptr + n, x_ptr + n, m, BLOCK)
+    # A problem without mass on a side has the potentials 0.
+    there = (a > 0.0) & (b > 0.0)
+    shift = tl.where(rho == float("inf"), 0.5 * (of_g - of_f), 0.0)
+    other = True
+    if other_ptr is not None:
+        other = tl.load(other_ptr + problem) != 0
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < n
+        f = tl.where(there, tl.load(x_ptr + i, mask=inside, other=0.0) + shift, 0.0)
+        if f_self_ptr is not None:
+            own = tl.where(a > 0.0, tl.load(own_ptr + i, mask=inside, other=0.0), 0.0)
+            f = tl.where(other, f, own)
+            tl.store(own_ptr + i, own, mask=inside)
+            tl.store(f_self_ptr + problem * n + i, own, mask=inside)
+        tl.store(x_ptr + i, f, mask=inside)
+        tl.store(f_ptr + problem * n + i, f, mask=inside)
+    for start in range(0, m, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < m
+        g = tl.where(there, tl.load(x_ptr + n + i, mask=inside, other=0.0) - shift, 0.0)
+        if g_self_ptr is not None:
+            own = tl.where(b > 0.0, tl.load(own_ptr + n + i, mask=inside, other=0.0), 0.0)
+            # Where the two batches are one, so are the potentials of each alone.
+            g = tl.where(other, g, own)
+            tl.store(own_ptr + n + i, own, mask=inside)
+            tl.store(g_self_ptr + problem * m + i, own, mask=inside)
+        tl.store(x_ptr + n + i, g, mask=inside)
+        tl.store(g_ptr + problem * m + i, g, mask=inside)
+
+
+@triton.jit
+def _phi(
+    potential,  # (BLOCK_M,)
+    rho,
+):
+    # In float32 nothing would be left of e^x - 1 where rho is large.
+    power = tl.exp2(potential.to(tl.float64) * (-LOG2E / rho)) - 1.0
+    return tl.where(rho == float("inf"), potential, (-rho * power).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["n", "m", "features", "depth", "problems"])
+def sinkhorn_gradient_kernel(
+    z_ptr,  # (problems, n + m, depth) float32
+    squares_ptr,  # (problems, n + m) float32
+    weights_ptr,  # (problems, n + m) float32
+    extra_ptr,  # (problems, n, m) float32 or None
+    extra_x_ptr,  # (problems, n, n) float32 or None
+    extra_y_ptr,  # (problems, m, m) float32 or None
+    potentials_ptr,  # (halves, problems, n + m) float32
+    other_ptr,  # (problems,) bool or None
+    rows_ptr,  # (problems, n + m) float32: shares of the loss
+    grad_x_ptr,  # (problems, n, features) or None
+    grad_y_ptr,  # (problems, m, features) or None
+    grad_a_ptr,  # (problems, n) or None
+    grad_b_ptr,  # (problems, m) or None
+    n,
+    m,
+    features,
+    depth,
+    problems,
+    epsilon,
+    rho,
+    DEBIAS: tl.constexpr,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    GRAD_X: tl.constexpr = grad_x_ptr is not None
+    GRAD_Y: tl.constexpr = grad_y_ptr is not None
+    GRAD_A: tl.constexpr = grad_a_ptr is not None
+    GRAD_B: tl.constexpr = grad_b_ptr is not None
+    depth = (depth // 16) * 16
+    features = (features // VECTOR) * VECTOR
+    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    if tl.program_id(1) > 0 and not tl.where(of_y, GRAD_Y, GRAD_X):
+        return
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    half = problems.to(tl.int64) * (n + m)
+    inverse = LOG2E / epsilon
+    value = _phi(tl.load(potentials_ptr + row, mask=exists, other=0.0), rho)
+    if DEBIAS:
+        value -= _phi(tl.load(potentials_ptr + half + row, mask=exists, other=0.0), rho)
+    of_weight = value
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Pairs across are summed by x, but visited by all rows that have a gradient.
+    visits = tl.where(of_y, GRAD_Y or GRAD_B, True)
+    for own in range(tl.where(visits, 0, 1), 1 + DEBIAS):
+        columns, first = _columns(problem, of_y, own, n, m)
+        from_ptr = potentials_ptr + own * half
+        f = tl.load(from_ptr + row, mask=exists, other=0.0)[:, None]
+        excess = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            there = j < columns
+            same = (i[:, None] == j[None, :]) & (own != 0)
+            distance = _distances(
+                z_ptr,
+                squares_ptr,
+                row,
+                exists,
+                first,
+                j,
+                there,
+                same,
+                depth,
+                epsilon,
+                COST,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            x = _added(
+                extra_ptr, extra_x_ptr, extra_y_ptr, distance, problem, of_y, own, i, exists, j, there, n, m
+            )
+            g = tl.load(from_ptr + first + j, mask=there, other=0.0)[None, :]
+            weight = tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
+            share = tl.exp2((f + g - x) * inverse)
+            excess += tl.sum(tl.where(weight == 0.0, 0.0, weight * (share - 1.0)), 1)
+            if GRAD_X or GRAD_Y:
+                c = tl.where(weight == 0.0, 0.0, weight * share)
+                if COST == EUCLIDEAN:
+                    c = tl.where(distance == 0.0, 0.0, c / tl.where(distance == 0.0, 1.0, distance))
+                if COST != COSINE:
+                    c = tl.where(same, 0.0, c)
+                c = tl.where(own != 0, -c, c)
+                slopes += tl.sum(c, 1)
+                b = _load_rows(z_ptr, first + j, there, feature, depth)
+                grad = tl.dot(c, b, grad, input_precision="ieee")
+        excess *= epsilon
+        of_weight -= tl.where(own != 0, -excess, excess)
+        # OT(x, x) counts half, and its potential for both sides.
+        value -= tl.where(own != 0, -0.5 * excess, tl.where(of_y, 0.0, excess))
+
+    weight = tl.load(weights_ptr + row, mask=exists, other=0.0)
+    other = True
+    if other_ptr is not None:
+        other = tl.load(other_ptr + problem) != 0
+    whole = exists & (tl.program_id(1) == 0)
+    tl.store(rows_ptr + row, tl.where(other, weight * value, 0.0), mask=whole)
+    of_weight = tl.where(other, of_weight, 0.0)
+    if GRAD_A:
+        tl.store(grad_a_ptr + problem * n + i, of_weight, mask=whole & (of_y == 0))
+    if GRAD_B:
+        tl.store(grad_b_ptr + problem * m + i, of_weight, mask=whole & of_y)
+    if GRAD_X or GRAD_Y:
+        if COST == COSINE:
+            grad = -weight[:, None] * grad
+        else:
+            grad = slopes[:, None] * _load_rows(z_ptr, row, exists, feature, depth) - grad
+            grad *= (weight * (2.0 if COST == SQEUCLIDEAN else 1.0))[:, None]
+        grad = tl.where(other, grad, 0.0)
+        inside = exists[:, None] & (feature < features)[None, :]
+        i = i.to(tl.int64)[:, None]
+        if GRAD_X:
+            to = grad_x_ptr + (problem * n + i) * features + feature[None, :]
+            tl.store(to, grad, mask=inside & (of_y == 0))
+        if GRAD_Y:
+            to = grad_y_ptr + (problem * m + i) * features + feature[None, :]
+            tl.store(to, grad, mask=inside & of_y)
+
+
+@triton.jit(do_not_specialize=["n", "m", "depth", "problems", "kind"])
+def sinkhorn_plan_kernel(
+    z_ptr,  # (problems, n + m, depth) float32
+    squares_ptr,  # (problems, n + m) float32
+    weights_ptr,  # (problems, n + m) float32
+    extra_ptr,  # (problems, n, m) float32 or None
+    extra_x_ptr,  # (problems, n, n) float32 or None
+    extra_y_ptr,  # (problems, m, m) float32 or None
+    potentials_ptr,  # (halves, problems, n + m) float32
+    other_ptr,  # (problems,) bool or None
+    plan_ptr,  # (problems, n, m), (problems, n, n) or (problems, m, m)
+    n,
+    m,
+    depth,
+    problems,
+    kind,  # the plan of x and y, of x and x, of y and y
+    epsilon,
+    COST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    depth = (depth // 16) * 16
+    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    own = (kind != 0).to(tl.int32)
+    if of_y != (kind == 2):
+        return
+    columns, first = _columns(problem, of_y, own, n, m)
+    diagonal = own != 0
+    if other_ptr is not None:
+        # Then the three plans are one, to the last bit.
+        diagonal = diagonal | (tl.load(other_ptr + problem) == 0)
+    from_ptr = potentials_ptr + own * problems.to(tl.int64) * (n + m)
+    f = tl.load(from_ptr + row, mask=exists, other=0.0)[:, None]
+    own_weight = tl.load(weights_ptr + row, mask=exists, other=0.0)[:, None]
+    to = problem * tl.where(of_y, m, n) + i
+    for start in range(0, columns, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        there = j < columns
+        same = (i[:, None] == j[None, :]) & diagonal
+        x = _distances(
+            z_ptr,
+            squares_ptr,
+            row,
+            exists,
+            first,
+            j,
+            there,
+            same,
+            depth,
+            epsilon,
+            COST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        x = _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
+        g = tl.load(from_ptr + first + j, mask=there, other=0.0)[None, :]
+        weight = own_weight * tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
+        share = tl.exp2((f + g - x) * (LOG2E / epsilon))
+        plan = tl.where(weight == 0.0, 0.0, weight * share)
+        tl.store(
+            plan_ptr + (to[:, None] * columns + j[None, :]), plan, mask=exists[:, None] & there[None, :]
+        )
+
+
+def sinkhorn(
+    x: torch.Tensor,  # (B, n, d); all tensors are contiguous, in float32
+    y: torch.Tensor,  # (B, m, d)
+    a: torch.Tensor,  # (B, n)
+    b: torch.Tensor,  # (B, m)
+    extra: Sequence[torch.Tensor],  # (B, n, m), (B, n, n), (B, m, m), the first of them, or none
+    cost: str,
+    epsilon: float,
+    rho: float,
+    iterations: int,
+    tol: float,
+    debias: bool,
+    loss: torch.Tensor,  # (B,)
+    f: torch.Tensor,  # (B, n)
+    g: torch.Tensor,  # (B, m)
+    f_self: torch.Tensor | None,  # (B, n)
+    g_self: torch.Tensor | None,  # (B, m)
+    grad_x: torch.Tensor | None,  # (B, n, d)
+    grad_y: torch.Tensor | None,  # (B, m, d)
+    grad_a: torch.Tensor | None,  # (B, n)
+    grad_b: torch.Tensor | None,  # (B, m)
+    plans: Sequence[torch.Tensor],  # as extra
+) -> None:
+    """Fill the outputs that are not None."""
+    problems, n, features = x.shape
+    m = y.shape[1]
+    block_m, block_n, block_k, block_d = tile(problems, n, m)
+    depth = triton.cdiv(features, 16) * 16
+    x_blocks = triton.cdiv(n, block_m)
+    row_blocks = x_blocks + triton.cdiv(m, block_m)
+    halves, kinds = (2, 3) if debias else (1, 1)
+    extras = (*extra, None, None, None)[:3]
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8}
+    code = COSTS[cost]
+    with torch.cuda.device_of(x):
+        z = loss.new_empty(problems, n + m, depth)
+        squares, rows = (loss.new_empty(problems, n + m) for _ in range(2))
+        weights = torch.cat((a, b), 1)
+        differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
+        mmd_prepare_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
+            x,
+            y,
+            None,
+            z,
+            squares,
+            differs,
+            *x.stride()[:2],
+            *y.stride()[:2],
+            n,
+            m,
+            features,
+            depth,
+            CENTRED=cost != "cosine",
+            OF_CENTRE=OF_CENTRE,
+            BLOCK_N=BLOCK_SAMPLES,
+            BLOCK_D=min(BLOCK_FEATURES, triton.next_power_of_2(depth)),
+            VECTOR=math.gcd(16, features, *x.stride()[:2], *y.stride()[:2]),
+            num_warps=4,
+        )
+        largest = loss.new_empty(halves, problems, row_blocks)
+        scales = loss.new_empty(iterations, kinds, problems)
+        levels = torch.empty(kinds, problems, dtype=torch.int32, device=x.device)
+        samples = (z, squares)
+        sinkhorn_largest_kernel[(problems * row_blocks, halves)](
+            *samples, *extras, largest, n, m, depth, epsilon, COST=code, **blocks
+        )
+        sinkhorn_schedule_kernel[(problems, kinds)](
+            largest, scales, levels, x_blocks, row_blocks, iterations, epsilon, BLOCK=BLOCK, num_warps=4
+        )
+        potentials = loss.new_zeros(2, halves, problems, n + m)
+        moving = torch.ones_like(levels) if tol >= 0 else None
+        for k in range(iterations):
+            look = moving is not None and (k + 1) % CHECK == 0
+            # Nothing alternates so early.
+            for part in (0,) if k < AVERAGED.value else (1, 2):
+                sinkhorn_step_kernel[(problems * row_blocks, 1 if part == 2 else halves)](
+                    *samples,
+                    weights,
+                    *extras,
+                    scales,
+                    levels,
+                    moving,
+                    potentials,
+                    largest if look else None,
+                    n,
+                    m,
+                    depth,
+                    problems,
+                    k,
+                    part,
+                    epsilon,
+                    rho,
+                    DEBIAS=debias,
+                    COST=code,
+                    **blocks,
+                )
+            if look:
+                sinkhorn_stop_kernel[(problems, kinds)](
+                    largest, levels, moving, x_blocks, row_blocks, k, tol, BLOCK=BLOCK, num_warps=4
+                )
+        other = None
+        if debias and n == m:  # to the last bit: where it is the same problem thrice
+            other = differs.any(1) | (a != b).any(1)
+            for more in extra[1:]:
+                other |= (extra[0] != more).flatten(1).any(1)
+        found = potentials[iterations % 2]
+        sinkhorn_finish_kernel[(problems,)](
+            weights, found, other, f, g, f_self, g_self, n, m, problems, rho, BLOCK=BLOCK, num_warps=4
+        )
+        parts = triton.cdiv(features, block_d) if grad_x is not None or grad_y is not None else 1
+        sinkhorn_gradient_kernel[(problems * row_blocks, parts)](
+            *samples,
+            weights,
+            *extras,
+            found,
+            other,
+            rows,
+            grad_x,
+            grad_y,
+            grad_a,
+            grad_b,
+            n,
+            m,
+            features,
+            depth,
+            problems,
+            epsilon,
+            rho,
+            DEBIAS=debias,
+            COST=code,
+            BLOCK_D=block_d,
+            VECTOR=math.gcd(16, features),
+            **blocks,
+        )
+        for kind, plan in enumerate(plans):
+            sinkhorn_plan_kernel[(problems * row_blocks, 1)](
+                *samples,
+                weights,
+                *extras,
+                found,
+                other,
+                plan,
+                n,
+                m,
+                depth,
+                problems,
+                kind,
+                epsilon,
+                COST=code,
+                **blocks,
+            )
+    torch.sum(rows, 1, out=loss)
