@@ -57,9 +57,9 @@ def precise(backend: str) -> torch.dtype:
     return torch.float32 if backend in ("cuda", "triton") else torch.float64
 
 
-def enough(backend: str, max_iter: int) -> int:
+def enough(backend: str, max_iter: int, interpreted: int = 6) -> int:
     """Fewer where a thread of a device is a fiber, which takes a millisecond for each iteration, or is interpreted."""
-    return max_iter if GPU else min(max_iter, {"cuda": 300, "triton": 6}.get(backend, max_iter))
+    return max_iter if GPU else min(max_iter, {"cuda": 300, "triton": interpreted}.get(backend, max_iter))
 
 
 def samples(
@@ -464,7 +464,7 @@ def test_equal_batches_with_equal_extra_costs(backend):
     extra = torch.rand(2, 9, 9).to(x)
     extra = (extra + extra.mT).requires_grad_()
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    options = {"epsilon": 0.2, "max_iter": min(2, enough(backend, 100)), "backend": backend}
+    options = {"epsilon": 0.2, "max_iter": enough(backend, 100, 2), "backend": backend}
     loss = sinkhorn_divergence(*leaves, extra_cost=(extra, extra, extra), **options)
     assert torch.equal(loss, torch.zeros_like(loss))
     *of_features, of_extra = torch.autograd.grad(loss.sum(), (*leaves, extra))
@@ -482,7 +482,7 @@ def test_what_is_not_finite_shows(backend, cost, bad):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
     x[0, 2, 1] = bad
     x.requires_grad_()
-    options = {"cost": cost, "epsilon": 0.3, "max_iter": min(3, enough(backend, 100)), "backend": backend}
+    options = {"cost": cost, "epsilon": 0.3, "max_iter": enough(backend, 100, 3), "backend": backend}
     for debias in (True, False):
         loss = sinkhorn_divergence(x, y, debias=debias, **options)
         [gradient] = torch.autograd.grad(loss.sum(), x)
@@ -513,7 +513,7 @@ def test_a_problem_without_mass(backend, reach):
     a, b = some_weights(3, 5), some_weights(3, 4, seed=2)
     a[0], b[1] = 0, 0
     options = {"epsilon": 0.3, "reach": reach, "x_weights": a, "y_weights": b}
-    compare(backend, {"x": x, "y": y, **options, "max_iter": min(3, enough(backend, 100))})
+    compare(backend, {"x": x, "y": y, **options, "max_iter": enough(backend, 100, 3)})
 
 
 @pytest.mark.parametrize("absent", ["samples", "weight"])
@@ -677,8 +677,22 @@ def test_backward_twice(backend):
         assert torch.equal(a, b) and torch.equal(c, factor * b)
 
 
-@pytest.mark.parametrize("wanted", [("x",), ("y",), ("x_weights",), ("extra_cost",), ("y", "y_weights")])
-@pytest.mark.parametrize("debias", [True, False])
+SUBSETS = [
+    (backend, wanted, debias)
+    for backend in BACKENDS
+    for wanted in (("x",), ("y",), ("x_weights",), ("extra_cost",), ("y", "y_weights"))
+    for debias in (True, False)
+]
+if not GPU:
+    SUBSETS += [
+        ("triton", ("y",), True),
+        ("triton", ("x_weights",), True),
+        ("triton", ("extra_cost",), False),
+        ("triton", ("y_weights",), False),
+    ]
+
+
+@pytest.mark.parametrize(("backend", "wanted", "debias"), SUBSETS, indirect=["backend"])
 def test_gradients_of_some(backend, wanted, debias):
     x, y = samples(2, 6, 4, m=5)
     extra = tuple(torch.rand(2, *s, dtype=torch.float64) for s in ((6, 5), (6, 6), (5, 5)))
@@ -690,6 +704,7 @@ def test_gradients_of_some(backend, wanted, debias):
             (z + z.mT if z.shape[-1] == z.shape[-2] else z).to(device_of(backend)) for z in extra
         ),
         "epsilon": 0.2,
+        "max_iter": enough(backend, 100, 2),
         "debias": debias,
     }
     if not debias:
@@ -968,6 +983,12 @@ def test_cuda_has_problems_that_fit_into_shared_memory(request):
         sinkhorn_divergence(x, y, backend="cuda", **options)
     assert sinkhorn_divergence(x, y, debias=False, backend="cuda", **options).isfinite()
     assert sinkhorn_divergence(x, y, **options).isfinite()
+
+
+def test_triton_has_no_float64(request):
+    x, y = (z.to(device_of(_ready("triton", request))) for z in samples(1, 5, 3))
+    with pytest.raises(TypeError, match="backend 'triton' takes float32, float16, bfloat16; x is float64"):
+        sinkhorn_divergence(x, y, backend="triton")
 
 
 @pytest.mark.parametrize(("n", "m", "problems"), [(300, 270, 1), (129, 513, 1), (40, 30, 7)])

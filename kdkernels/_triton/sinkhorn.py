@@ -55,15 +55,60 @@ class Tile(NamedTuple):
     block_n: int
     block_k: int
     block_d: int
+    num_warps: int
 
 
-def tile(problems: int, x_samples: int, y_samples: int) -> Tile:
-    """The largest rows that leave 128 programs to each batch, of those that sm_80, sm_90, sm_100 and gfx942 hold in
-    registers (tests/test_triton_compile.py)."""
-    block_m = 64
+def tile(problems: int, x_samples: int, y_samples: int, *, extra: bool = False) -> Tile:
+    """The most rows that leave 128 programs to each batch, of what sm_80, sm_90, sm_100 and gfx942 hold in registers
+    (tests/test_triton_compile.py): fewer where costs are added."""
+    block_m = 32 if extra else 64
     while block_m > 16 and problems * triton.cdiv(min(x_samples, y_samples), block_m) < 128:
         block_m //= 2
-    return Tile(block_m, 32, 16, 64)
+    return Tile(block_m, 32, 16, 64, 4 if block_m == 16 else 8)
+
+
+def bytes_moved(
+    problems: int,
+    x_samples: int,
+    y_samples: int,
+    features: int,
+    iterations: int,
+    *,
+    cost: str = "sqeuclidean",
+    debias: bool = True,
+    extra: bool = False,
+    grads: Collection[str] = ("grad_x", "grad_y"),
+    plans: int = 0,
+) -> int:
+    """Bytes of samples, of their float32 copies, of what is added to costs, of gradients and of plans that are loaded and
+    stored, without near pairs. Most loads are from cache. What there is one of for a sample is left out: up to 20 bytes
+    for each program, or step of a program, that takes the sample."""
+    block_m, block_n, _, block_d, _ = tile(problems, x_samples, y_samples, extra=extra)
+    depth = triton.cdiv(features, 16) * 16
+
+    def costs(n: int, m: int) -> int:
+        return 4 * (depth * (n * triton.cdiv(m, block_n) + triton.cdiv(n, block_m) * m) + extra * n * m)
+
+    def gradient(name: str, n: int, m: int) -> int:
+        if name not in grads:
+            return costs(n, m) if name == "grad_x" else 0
+        return triton.cdiv(features, block_d) * costs(n, m) + 4 * triton.cdiv(n, block_m) * m * depth
+
+    both = x_samples + y_samples
+    of_centre = sum(triton.cdiv(n, triton.cdiv(n, OF_CENTRE)) for n in (x_samples, y_samples))
+    of_centre *= triton.cdiv(max(x_samples, y_samples), BLOCK_SAMPLES) * (cost != "cosine")
+    moved = 4 * ((both + of_centre) * features + both * depth)
+    sides = (("grad_x", x_samples, y_samples), ("grad_y", y_samples, x_samples))
+    moved += costs(x_samples, y_samples)
+    for name, n, m in sides:
+        moved += iterations * costs(n, m) + gradient(name, n, m)
+        if debias:
+            moved += (iterations + 1) * costs(n, n)
+            moved += gradient(name, n, n) if name in grads else costs(n, n)
+        if name in grads:
+            moved += 4 * n * (features + depth * (cost != "cosine"))
+    pairs = ((x_samples, y_samples), (x_samples, x_samples), (y_samples, y_samples))
+    return problems * (moved + sum(costs(n, m) + 4 * n * m for n, m in pairs[:plans]))
 
 
 @triton.jit
@@ -178,16 +223,16 @@ def _added(
     m,
 ):
     if extra_ptr is not None:
-        mask = exists[:, None] & there[None, :]
-        i = i.to(tl.int64)[:, None]
-        j = j.to(tl.int64)[None, :]
-        extra = extra_ptr + problem * n * m + tl.where(of_y, j * m + i, i * m + j)
-        distance += tl.load(extra, mask=mask & (own == 0), other=0.0)
+        from_ptr = extra_ptr + problem * n * m
         if extra_x_ptr is not None:
-            extra = extra_x_ptr + problem * n * n + (i * n + j)
-            distance += tl.load(extra, mask=mask & (own != 0) & (of_y == 0), other=0.0)
-            extra = extra_y_ptr + problem * m * m + (i * m + j)
-            distance += tl.load(extra, mask=mask & (own != 0) & of_y, other=0.0)
+            within = tl.where(of_y, extra_y_ptr + problem * m * m, extra_x_ptr + problem * n * n)
+            from_ptr = tl.where(own != 0, within, from_ptr)
+        # Rows of y are columns of what is added to x and y.
+        across = of_y & (own == 0)
+        i_stride = tl.where(across, 1, tl.where(own != 0, tl.where(of_y, m, n), m))
+        j_stride = tl.where(across, m, 1)
+        at = i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
+        distance += tl.load(from_ptr + at, mask=exists[:, None] & there[None, :], other=0.0)
     return distance
 
 
@@ -259,7 +304,7 @@ def _blocks_of(
 def sinkhorn_schedule_kernel(
     largest_ptr,  # (halves, problems, row blocks) float32
     scales_ptr,  # (iterations, kinds, problems) float32: epsilon of each iteration
-    levels_ptr,  # (kinds, problems) int32: how many come before the last one
+    levels_ptr,  # (kinds, problems) int64: how many come before the last one
     x_blocks,
     row_blocks,
     iterations,
@@ -298,7 +343,7 @@ def sinkhorn_schedule_kernel(
     tl.store(levels_ptr + to, tl.sum(levels, 0))
 
 
-@triton.jit(do_not_specialize=["n", "m", "depth", "k", "part"])
+@triton.jit(do_not_specialize=["n", "m", "depth", "problems", "k", "part"])
 def sinkhorn_step_kernel(
     z_ptr,  # (problems, n + m, depth) float32
     squares_ptr,  # (problems, n + m) float32
@@ -307,8 +352,8 @@ def sinkhorn_step_kernel(
     extra_x_ptr,  # (problems, n, n) float32 or None
     extra_y_ptr,  # (problems, m, m) float32 or None
     scales_ptr,  # (iterations, kinds, problems) float32
-    levels_ptr,  # (kinds, problems) int32
-    moving_ptr,  # (kinds, problems) int32 or None: all are
+    levels_ptr,  # (kinds, problems) int64
+    moving_ptr,  # (kinds, problems) int64 or None: all are
     potentials_ptr,  # (2, halves, problems, n + m) float32: f and g, of x and y, of each batch alone; two buffers
     changes_ptr,  # (halves, problems, row blocks) float32 or None: the largest change that a block of rows has
     n,
@@ -391,8 +436,8 @@ def sinkhorn_step_kernel(
 @triton.jit(do_not_specialize=["x_blocks", "row_blocks", "k"])
 def sinkhorn_stop_kernel(
     changes_ptr,  # (halves, problems, row blocks) float32
-    levels_ptr,  # (kinds, problems) int32
-    moving_ptr,  # (kinds, problems) int32
+    levels_ptr,  # (kinds, problems) int64
+    moving_ptr,  # (kinds, problems) int64
     x_blocks,
     row_blocks,
     k,
@@ -413,7 +458,7 @@ def sinkhorn_stop_kernel(
     moving = (tl.max(moves, 0) != 0) | (k < tl.load(levels_ptr + of))
     # Of what has stopped there are old changes.
     moving = moving & (tl.load(moving_ptr + of) != 0)
-    tl.store(moving_ptr + of, moving.to(tl.int32))
+    tl.store(moving_ptr + of, moving.to(tl.int64))
 
 
 @triton.jit
@@ -682,9 +727,7 @@ def sinkhorn_plan_kernel(
         weight = own_weight * tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
         share = tl.exp2((f + g - x) * (LOG2E / epsilon))
         plan = tl.where(weight == 0.0, 0.0, weight * share)
-        tl.store(
-            plan_ptr + (to[:, None] * columns + j[None, :]), plan, mask=exists[:, None] & there[None, :]
-        )
+        tl.store(plan_ptr + (to[:, None] * columns + j[None, :]), plan, mask=exists[:, None] & there[None, :])
 
 
 def sinkhorn(
@@ -713,13 +756,13 @@ def sinkhorn(
     """Fill the outputs that are not None."""
     problems, n, features = x.shape
     m = y.shape[1]
-    block_m, block_n, block_k, block_d = tile(problems, n, m)
+    block_m, block_n, block_k, block_d, warps = tile(problems, n, m, extra=bool(extra))
     depth = triton.cdiv(features, 16) * 16
     x_blocks = triton.cdiv(n, block_m)
     row_blocks = x_blocks + triton.cdiv(m, block_m)
     halves, kinds = (2, 3) if debias else (1, 1)
     extras = (*extra, None, None, None)[:3]
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
     code = COSTS[cost]
     with torch.cuda.device_of(x):
         z = loss.new_empty(problems, n + m, depth)
@@ -748,7 +791,7 @@ def sinkhorn(
         )
         largest = loss.new_empty(halves, problems, row_blocks)
         scales = loss.new_empty(iterations, kinds, problems)
-        levels = torch.empty(kinds, problems, dtype=torch.int32, device=x.device)
+        levels = torch.empty(kinds, problems, dtype=torch.int64, device=x.device)
         samples = (z, squares)
         sinkhorn_largest_kernel[(problems * row_blocks, halves)](
             *samples, *extras, largest, n, m, depth, epsilon, COST=code, **blocks
