@@ -1,17 +1,19 @@
-"""Entropic transport of two batches, with its gradients, without the matrix of pairs; formulas in kdkernels.ops.sinkhorn.
+"""Entropic transport of two batches, with its gradients, without the matrix of pairs; formulas in
+kdkernels.ops.sinkhorn.
 
-Potentials are in the log domain. A program has a block of rows of one batch and goes over the samples of the other one,
-or of its own where the two are debiased: tiles of inner products, summed over the features in steps, become costs, and
-these an online log-sum-exp, T g. Rows of both batches, and of the transport within each, are one launch while all
+Potentials are in the log domain. A program has a block of rows of one batch and goes over the samples of the other
+one, or of its own where the two are debiased: tiles of inner products, summed over the features in steps, become costs,
+and these an online log-sum-exp, T g. Rows of both batches, and of the transport within each, are one launch while all
 iterations average; where a problem may alternate, g follows f in a second one. Old and new potentials are two buffers.
 
-The schedule of each problem is made from its largest cost on the device, and a problem that `tol` stops has a flag there
-whose programs copy: the host waits for nothing.
+The schedule of each problem is made from its largest cost on the device, and a problem that `tol` stops has a flag
+there, for whose sake programs only copy: the host waits for nothing.
 
 |a|^2 + |b|^2 - 2 ab says little of a distance that is small beside |a| and |b|: such pairs are differenced.
 
 2 d operations for each pair of each pass, of which there is one for each iteration, one for the largest cost, and one
-for each BLOCK_D features of the gradient. No atomics: sums have one order. Memory beyond the outputs: x and y in float32.
+for each block of features of the gradient. No atomics: sums have one order. Memory beyond the outputs: x and y in
+float32.
 """
 
 import math
@@ -40,8 +42,8 @@ COSINE = tl.constexpr(2)
 # As in kdkernels.ops.sinkhorn.
 AVERAGED = tl.constexpr(16)
 CHECK = 4
-# Where |a|^2 + |b|^2 is below so many epsilon a squared distance is not differenced: rounding moves an exponent by 4 eps
-# at most.
+# Where |a|^2 + |b|^2 is below so many epsilon no squared distance is differenced: rounding moves an exponent by a few
+# eps there.
 SMOOTH = tl.constexpr(4)
 # Samples, or iterations, that a step over what there is one of for each takes.
 BLOCK = 1024
@@ -80,9 +82,9 @@ def bytes_moved(
     grads: Collection[str] = ("grad_x", "grad_y"),
     plans: int = 0,
 ) -> int:
-    """Bytes of samples, of their float32 copies, of what is added to costs, of gradients and of plans that are loaded and
-    stored, without near pairs. Most loads are from cache. What there is one of for a sample is left out: up to 20 bytes
-    for each program, or step of a program, that takes the sample."""
+    """Bytes of samples, of their float32 copies, of what is added to costs, of gradients and of plans that are loaded
+    and stored, without near pairs. Most loads are from cache. What there is one of for a sample is left out: up to 20
+    bytes for each program, or step of a program, that takes the sample."""
     block_m, block_n, _, block_d, _ = tile(problems, x_samples, y_samples, extra=extra)
     depth = triton.cdiv(features, 16) * 16
 
@@ -382,10 +384,12 @@ def sinkhorn_step_kernel(
     before = tl.load(potentials_ptr + old + row, mask=exists, other=0.0)
     kind = tl.where(own == 0, 0, 1 + of_y.to(tl.int32))
     of = kind * problems + problem
+    moving = 1
     if moving_ptr is not None:
-        if tl.load(moving_ptr + of) == 0:
-            tl.store(potentials_ptr + new + row, before, mask=exists)
-            return
+        moving = tl.load(moving_ptr + of)
+    if moving == 0:
+        tl.store(potentials_ptr + new + row, before, mask=exists)
+        return
     scale = tl.load(scales_ptr + (k * (1 + 2 * DEBIAS) * problems.to(tl.int64) + of))
     alternating = (own == 0) & (k >= tl.load(levels_ptr + of) + AVERAGED)
     source = tl.where(alternating & of_y, new, old)
