@@ -155,24 +155,29 @@ def _load_rows(
 
 
 @triton.jit
-def _distances(
+def _costs(
     z_ptr,  # (problems, n + m, depth) float32
     squares_ptr,  # (problems, n + m) float32
-    row,  # (BLOCK_M,)
-    exists,  # (BLOCK_M,)
-    first,
+    extras,  # of pointers, (problems, n, m), (problems, n, n) and (problems, m, m) float32, or None
+    place,  # as _place has it
+    own,
+    diagonal,
     j,  # (BLOCK_N,)
-    there,  # (BLOCK_N,)
-    same,  # (BLOCK_M, BLOCK_N)
+    n,
+    m,
     depth,
     epsilon,
     COST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Costs of the rows and of the samples `first` + j, without what is added to them.
+    # The costs of a tile, and they without what is added to them, which are 0 where the samples are one; `diagonal`:
+    # those are where i is j.
+    problem, of_y, i, exists, row = place
+    columns, first = _columns(problem, of_y, own, n, m)
+    there = j < columns
     column = first + j
+    BLOCK_M: tl.constexpr = i.shape[0]
+    BLOCK_N: tl.constexpr = j.shape[0]
     block_n = tl.arange(0, BLOCK_N)
     block_k = tl.arange(0, BLOCK_K)
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -181,16 +186,17 @@ def _distances(
         b = _load_rows(z_ptr, column, there, k + block_k, depth)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     if COST == COSINE:
-        x = 1.0 - products
+        distance = 1.0 - products
     else:
         both = tl.load(squares_ptr + row, mask=exists, other=0.0)[:, None]
         both += tl.load(squares_ptr + column, mask=there, other=0.0)[None, :]
-        x = both - 2.0 * products
-        x = tl.where(same | (x < 0.0), 0.0, x)
+        distance = both - 2.0 * products
+        same = (i[:, None] == j[None, :]) & diagonal
+        distance = tl.where(same | (distance < 0.0), 0.0, distance)
         least = both
         if COST == SQEUCLIDEAN:
             least -= SMOOTH * epsilon
-        near = exists[:, None] & there[None, :] & (same == 0) & (x < least * NEAR)
+        near = exists[:, None] & there[None, :] & (same == 0) & (distance < least * NEAR)
         hits = tl.where(tl.max(near.to(tl.int32), 0) != 0, block_n, BLOCK_N)
         q = tl.min(hits, 0)
         while q < BLOCK_N:
@@ -201,29 +207,12 @@ def _distances(
                 b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
                 away = _load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
                 squared += tl.sum(away * away, 1)
-            x = tl.where(near & chosen[None, :], squared[:, None], x)
+            distance = tl.where(near & chosen[None, :], squared[:, None], distance)
             q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)
         if COST == EUCLIDEAN:
-            x = tl.sqrt_rn(x)
-    return x
-
-
-@triton.jit
-def _added(
-    extra_ptr,  # (problems, n, m) float32 or None
-    extra_x_ptr,  # (problems, n, n) float32 or None
-    extra_y_ptr,  # (problems, m, m) float32 or None
-    distance,  # (BLOCK_M, BLOCK_N)
-    problem,
-    of_y,
-    own,
-    i,  # (BLOCK_M,)
-    exists,  # (BLOCK_M,)
-    j,  # (BLOCK_N,)
-    there,  # (BLOCK_N,)
-    n,
-    m,
-):
+            distance = tl.sqrt_rn(distance)
+    cost = distance
+    extra_ptr, extra_x_ptr, extra_y_ptr = extras
     if extra_ptr is not None:
         from_ptr = extra_ptr + problem * n * m
         if extra_x_ptr is not None:
@@ -231,11 +220,11 @@ def _added(
             from_ptr = tl.where(own != 0, within, from_ptr)
         # Rows of y are columns of what is added to x and y.
         across = of_y & (own == 0)
-        i_stride = tl.where(across, 1, tl.where(own != 0, tl.where(of_y, m, n), m))
+        i_stride = tl.where(across, 1, columns)
         j_stride = tl.where(across, m, 1)
         at = i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
-        distance += tl.load(from_ptr + at, mask=exists[:, None] & there[None, :], other=0.0)
-    return distance
+        cost += tl.load(from_ptr + at, mask=exists[:, None] & there[None, :], other=0.0)
+    return cost, distance
 
 
 @triton.jit(do_not_specialize=["n", "m", "depth"])
@@ -256,37 +245,22 @@ def sinkhorn_largest_kernel(
     BLOCK_K: tl.constexpr,
 ):
     depth = (depth // 16) * 16
-    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    place = _place(n, m, BLOCK_M)
+    problem, of_y, _, exists, _ = place
+    extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     own = tl.program_id(1)
     if of_y and own == 0:
         return
-    columns, first = _columns(problem, of_y, own, n, m)
+    columns, _ = _columns(problem, of_y, own, n, m)
     largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        same = (i[:, None] == j[None, :]) & (own != 0)
-        x = _distances(
-            z_ptr,
-            squares_ptr,
-            row,
-            exists,
-            first,
-            j,
-            there,
-            same,
-            depth,
-            epsilon,
-            COST,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        x = tl.abs(
-            _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
+        cost, _ = _costs(
+            z_ptr, squares_ptr, extras, place, own, own != 0, j, n, m, depth, epsilon, COST, BLOCK_K
         )
         # What is not a number is not finite either.
-        x = tl.where(x < float("inf"), x, float("inf"))
+        x = tl.where(tl.abs(cost) < float("inf"), tl.abs(cost), float("inf"))
         largest = tl.maximum(largest, tl.where(exists[:, None] & there[None, :], x, 0.0))
     to = own * tl.num_programs(0) + tl.program_id(0)
     tl.store(largest_ptr + to, tl.max(tl.max(largest, 1), 0))
@@ -373,7 +347,9 @@ def sinkhorn_step_kernel(
     BLOCK_K: tl.constexpr,
 ):
     depth = (depth // 16) * 16
-    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    place = _place(n, m, BLOCK_M)
+    problem, of_y, _, exists, row = place
+    extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     own = tl.program_id(1)
     if (part == 1 and (of_y and own == 0)) or (part == 2 and of_y == 0):
         return
@@ -401,28 +377,13 @@ def sinkhorn_step_kernel(
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        same = (i[:, None] == j[None, :]) & (own != 0)
-        x = _distances(
-            z_ptr,
-            squares_ptr,
-            row,
-            exists,
-            first,
-            j,
-            there,
-            same,
-            depth,
-            epsilon,
-            COST,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+        cost, _ = _costs(
+            z_ptr, squares_ptr, extras, place, own, own != 0, j, n, m, depth, epsilon, COST, BLOCK_K
         )
-        x = _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
         weight = tl.load(weights_ptr + first + j, mask=there, other=0.0)
         log_weight = tl.where(weight == 0.0, float("-inf"), tl.log2(tl.where(weight == 0.0, 1.0, weight)))
         potential = tl.load(potentials_ptr + source + first + j, mask=there, other=0.0)
-        x = log_weight[None, :] + (potential[None, :] - x) * inverse
+        x = log_weight[None, :] + (potential[None, :] - cost) * inverse
         top = tl.maximum(largest, tl.max(x, 1))
         total = total * tl.exp2(largest - top) + tl.sum(tl.exp2(x - top[:, None]), 1)
         largest = top
@@ -581,7 +542,9 @@ def sinkhorn_gradient_kernel(
     GRAD_B: tl.constexpr = grad_b_ptr is not None
     depth = (depth // 16) * 16
     features = (features // VECTOR) * VECTOR
-    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    place = _place(n, m, BLOCK_M)
+    problem, of_y, i, exists, row = place
+    extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     if tl.program_id(1) > 0 and not tl.where(of_y, GRAD_Y, GRAD_X):
         return
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -603,36 +566,19 @@ def sinkhorn_gradient_kernel(
         for start in range(0, columns, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             there = j < columns
-            same = (i[:, None] == j[None, :]) & (own != 0)
-            distance = _distances(
-                z_ptr,
-                squares_ptr,
-                row,
-                exists,
-                first,
-                j,
-                there,
-                same,
-                depth,
-                epsilon,
-                COST,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-            x = _added(
-                extra_ptr, extra_x_ptr, extra_y_ptr, distance, problem, of_y, own, i, exists, j, there, n, m
+            cost, distance = _costs(
+                z_ptr, squares_ptr, extras, place, own, own != 0, j, n, m, depth, epsilon, COST, BLOCK_K
             )
             g = tl.load(from_ptr + first + j, mask=there, other=0.0)[None, :]
             weight = tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
-            share = tl.exp2((f + g - x) * inverse)
+            share = tl.exp2((f + g - cost) * inverse)
             excess += tl.sum(tl.where(weight == 0.0, 0.0, weight * (share - 1.0)), 1)
             if GRAD_X or GRAD_Y:
                 c = tl.where(weight == 0.0, 0.0, weight * share)
-                if COST == EUCLIDEAN:
-                    c = tl.where(distance == 0.0, 0.0, c / tl.where(distance == 0.0, 1.0, distance))
                 if COST != COSINE:
-                    c = tl.where(same, 0.0, c)
+                    c = tl.where(distance == 0.0, 0.0, c)
+                if COST == EUCLIDEAN:
+                    c /= tl.where(distance == 0.0, 1.0, distance)
                 c = tl.where(own != 0, -c, c)
                 slopes += tl.sum(c, 1)
                 b = _load_rows(z_ptr, first + j, there, feature, depth)
@@ -693,7 +639,9 @@ def sinkhorn_plan_kernel(
     BLOCK_K: tl.constexpr,
 ):
     depth = (depth // 16) * 16
-    problem, of_y, i, exists, row = _place(n, m, BLOCK_M)
+    place = _place(n, m, BLOCK_M)
+    problem, of_y, i, exists, row = place
+    extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     own = (kind != 0).to(tl.int32)
     if of_y != (kind == 2):
         return
@@ -709,27 +657,12 @@ def sinkhorn_plan_kernel(
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        same = (i[:, None] == j[None, :]) & diagonal
-        x = _distances(
-            z_ptr,
-            squares_ptr,
-            row,
-            exists,
-            first,
-            j,
-            there,
-            same,
-            depth,
-            epsilon,
-            COST,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+        cost, _ = _costs(
+            z_ptr, squares_ptr, extras, place, own, diagonal, j, n, m, depth, epsilon, COST, BLOCK_K
         )
-        x = _added(extra_ptr, extra_x_ptr, extra_y_ptr, x, problem, of_y, own, i, exists, j, there, n, m)
         g = tl.load(from_ptr + first + j, mask=there, other=0.0)[None, :]
         weight = own_weight * tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
-        share = tl.exp2((f + g - x) * (LOG2E / epsilon))
+        share = tl.exp2((f + g - cost) * (LOG2E / epsilon))
         plan = tl.where(weight == 0.0, 0.0, weight * share)
         tl.store(plan_ptr + (to[:, None] * columns + j[None, :]), plan, mask=exists[:, None] & there[None, :])
 
