@@ -145,6 +145,17 @@ def test_near_convergence(shape):
             assert abs(usual / truth[0].item() - 1) > 0.1
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_nearly_equal_samples(backend):
+    """Samples a thousandth of their mean apart: their rounded means would cost three digits of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (5 + 1e-3 * torch.randn(n, 40, generator=generator) for n in (2, 3))
+    for function, options in ((gaussian_wasserstein, {}), (gaussian_kl, {"eps": 1e-12})):
+        got = gradients(on(function, backend), x, y, **options)
+        for a, b in zip(got, gradients(function, x.double(), y.double(), **options)):
+            assert ((a.double() - b).norm() / b.norm()).item() < 1e-6, function
+
+
 @over_backends
 def test_diagonal_kl_is_torch(backend):
     x, y = features(20, 6, m=15, backend=backend)
