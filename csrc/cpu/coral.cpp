@@ -23,8 +23,6 @@ namespace {
 // Columns that are centred together, and rows of a product, that a thread takes at once.
 constexpr int64_t kColumns = 32;
 constexpr int64_t kRows = 16;
-// Bytes of each of its buffers that a thread keeps.
-constexpr int64_t kKept = 4 << 20;
 
 // The samples of one side that have weight.
 struct Side {
@@ -324,7 +322,7 @@ void run_jobs(const PairParams& params, int threads) {
     }
     for (Buffer<S>* buffer : {&room.difference, &room.sum, &room.cross, &room.grams[0],
                               &room.grams[1], &room.packed[0], &room.packed[1]}) {
-      buffer->keep_at_most(kKept);
+      buffer->end_of_call();
     }
   };
   if (together) {
