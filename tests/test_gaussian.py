@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import device_of
 from distances import assert_equal_up_to_rounding, features, gradients, moved
+from testing import assert_same_bits_whatever_the_threads
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import kdkernels
@@ -376,16 +377,8 @@ def test_classes_of_many_sizes(function, backend):
 def test_same_bits_whatever_the_threads():
     x, y = features(3, 200, 300, dtype=torch.float32)
     labels = torch.randint(0, 9, (3, 200), generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(gradients(gaussian_kl, x, y, labels=labels, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    run = partial(gradients, gaussian_kl, x, y, labels=labels, backend="cpu")
+    assert_same_bits_whatever_the_threads(run)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
