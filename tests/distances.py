@@ -66,11 +66,14 @@ CASES = {
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu", "triton"), labels=False),
     # So much entropy that 60 iterations converge to the last bit.
     "sinkhorn": Case(
-        partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60), ("reference", "cpu", "triton")
+        partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60),
+        ("reference", "cpu", "triton"),
+        terms=2,
     ),
     "sinkhorn, euclidean": Case(
         partial(kdkernels.sinkhorn_divergence, cost="euclidean", epsilon=3.0, max_iter=60),
         ("reference", "cpu", "triton"),
+        terms=2,
     ),
     "wasserstein": Case(kdkernels.wasserstein, pot=True, constant_weights=True),
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),

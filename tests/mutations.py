@@ -45,6 +45,7 @@ CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
 OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 CPU_CORAL, SMALL = "csrc/cpu/coral.cpp", "csrc/cpu/small_linear_loss.cpp"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
+CPU_CLASSES = "csrc/cpu/classes.h"
 OP_NATIVE = "kdkernels/ops/native_distance.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
@@ -299,7 +300,7 @@ MUTATIONS = [
     Mutation("train: outputs of other images", "kdkernels/train/outputs.py", "torch.arange(len(images))\n", "torch.arange(len(images)).flip(0)\n", "tests/test_train_methods.py -k 'npy'"),
     Mutation("train: statistics' gradient not summed", DISTRIBUTED, "        dist.all_reduce(grad)\n", "", "tests/test_train_distributed.py"),
     Mutation("train: running variance of a sample", DISTRIBUTED, "variance * total / (total - 1)", "variance", "tests/test_train_distributed.py"),
-    Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
+    Mutation("gaussian cpu: zero gradient", CPU_GAUSSIAN, "signed_share * shift[j] + share * (slope[j] * moments.centred(x[j], j))", "S(0)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: sign of y's gradient", CPU_GAUSSIAN, "write_gradient(y, weight_y, n, S(-1)", "write_gradient(y, weight_y, n, S(1)", distance("gaussian", "diagonal_wasserstein")),
     Mutation("gaussian cpu: last columns skipped", CPU_GAUSSIAN, "std::min(kColumns, params.features - begin)", "std::min(kColumns, params.features - 1 - begin)", distance("gaussian", "diagonal_kl")),
     Mutation("gaussian cpu: min_samples ignored", CPU_GAUSSIAN, "count_x < least || count_y < least", "false", distance("gaussian", "min_samples")),
@@ -318,18 +319,20 @@ MUTATIONS = [
     Mutation("gaussian triton: min_samples ignored", TRITON_GAUSSIAN, "(x_count >= min_samples) & (y_count >= min_samples)", "(x_count >= 0)", gaussian("triton", "min_samples")),
     Mutation("gaussian triton: classes not gathered", TRITON_GAUSSIAN, "row = tl.load(order_ptr + i, mask=exists, other=0)", "row = i.to(tl.int64)", gaussian("triton", "many_sizes")),
     Mutation("gaussian op: buffer handed out twice", OP_NATIVE, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice")),
-    Mutation("gaussian op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "backward_twice or batch_is")),
+    Mutation("gaussian cpu: the means rounded", CPU_GAUSSIAN, "(of_x.origin[j] - of_y.origin[j]) + (of_x.offset[j] - of_y.offset[j])", "(of_x.origin[j] + of_x.offset[j]) - (of_y.origin[j] + of_y.offset[j])", distance("gaussian", "nearly and cpu")),
+    Mutation("gaussian cpu: samples off the rounded mean", CPU_GAUSSIAN, "(x - origin[j]) - offset[j]", "x - (origin[j] + offset[j])", distance("gaussian", "nearly and cpu")),
+    Mutation("distance op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient, upstream, backend)", "None", distance("features", "backward_twice or batch_is")),
     Mutation("bures: zero gradient", OP_GAUSSIAN, "return scale * of_a, None", "return 0 * scale * of_a, None", distance("gaussian", "textbook")),
     Mutation("bures: derivative of Q left out", OP_GAUSSIAN, "q = _Polar.apply(a @ b.mT)", "q = _Polar.apply((a @ b.mT).detach())", distance("features", "gradcheck and full")),
     Mutation("bures: equal is 1e-14", OP_GAUSSIAN, "[..., None, None], 0, of_a)", "[..., None, None], of_a, of_a)", distance("features", "exactly_zero and full")),
     Mutation("kl: no shrinkage of the trace", OP_GAUSSIAN, "shrinkage * v.mean(-1, keepdim=True) + eps", "eps", distance("gaussian", "shrinkage")),
     Mutation("kl, full: ridges not differenced", OP_GAUSSIAN, "+ (ridge_x - ridge_y)[..., None, None] * one", "", distance("gaussian", "full_kl")),
-    Mutation("coral cpu: sign of y's gradient", CPU_CORAL, "s == 0 ? 1 : -1;", "1;", distance("features", "coral and cpu")),
-    Mutation("coral cpu: sign of y's gradient with n < d", CPU_CORAL, "s == 0 ? across + f : f - across", "across + f", distance("features", "coral and cpu")),
-    Mutation("coral cpu: zero gradient", CPU_CORAL, "const S scale = static_cast<S>(factor *", "const S scale = static_cast<S>(0 * factor *", distance("features", "coral and cpu")),
-    Mutation("coral cpu: ddof 0", CPU_CORAL, "1 - squares / (total * total)", "1.0 + 0 * squares", distance("coral", "formula")),
+    Mutation("coral cpu: sign of y's gradient", CPU_CORAL, "s == 0 ? 1 : -1;", "1;", distance("features", "(coral or mmd) and cpu")),
+    Mutation("coral cpu: sign of y's gradient with n < d", CPU_CORAL, "s == 0 ? across + f : f - across", "across + f", distance("features", "(coral or mmd) and cpu")),
+    Mutation("coral cpu: zero gradient", CPU_CORAL, "const S scale = static_cast<S>(factor *", "const S scale = static_cast<S>(0 * factor *", distance("features", "(coral or mmd) and cpu")),
+    Mutation("coral cpu: ddof 0", CPU_CLASSES, "1 - squares / (total * total)", "1.0 + 0 * squares", distance("coral", "formula")),
     Mutation("coral cpu: not centred", CPU_CORAL, "((x[j] - origin[s][j]) - mean[s][j])", "(x[j] - origin[s][j])", distance("coral", "formula")),
-    Mutation("coral cpu: samples without weight counted", CPU_CORAL, "if (weight == 0) continue;", "", distance("features", "coral and cpu")),
+    Mutation("distances cpu: samples without weight counted", CPU_CLASSES, "if (weight == 0) continue;", "", distance("features", "(coral or mmd) and cpu")),
     Mutation("coral cpu: last columns not centred", CPU_CORAL, "share_out(d, kColumns, threads,", "share_out(d - 1, kColumns, threads,", distance("coral", "formula")),
     Mutation("coral cpu: unsymmetric", CPU_CORAL, "S(0.5) * (cross[i * stride + j] + cross[j * stride + i])", "cross[i * stride + j]", distance("coral", "formula")),
     Mutation("distances: float16's gradients rounded before a loss scale", OP_NATIVE, "of_x = gradients[0].view(x.shape).to(x.dtype)", "of_x = gradients[0].div_(upstream).to(x.dtype).mul_(upstream).view(x.shape)", distance("features", "loss_scale")),
@@ -363,9 +366,8 @@ MUTATIONS = [
     Mutation("mmd cpu: powers of powers", CPU_MMD, "rate / computed < 4.5", "true", distance("mmd", "are_powers")),
     Mutation("mmd cpu: one squaring too many", CPU_MMD, "close && is(4) ? 2 : 0", "close && is(4) ? 3 : 0", distance("mmd", "are_powers")),
     Mutation("mmd cpu: weights ignored", CPU_MMD, "weight_of(weights[s], sides[s].rows[i]) / totals[s]", "1.0 / static_cast<double>(sides[s].count)", distance("mmd", "definition")),
-    Mutation("mmd cpu: one class", CPU_MMD, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
+    Mutation("mmd cpu: one class", CPU_CLASSES, "c + 1 < classes[p].starts.size()", "c < 1", distance("mmd", "classes_are")),
     Mutation("mmd op: buffer handed out twice", OP_NATIVE, "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", distance("features", "backward_twice and mmd")),
-    Mutation("mmd op: upstream gradient ignored", OP_NATIVE, "scale_rows_(gradient.flatten(1), upstream, ctx.backend)", "None", distance("features", "(backward_twice or batch_is) and mmd")),
     Mutation("mmd triton: zero gradient", TRITON_MMD, "4.0 * (slopes[:, None] * z - grad)", "0.0 * (slopes[:, None] * z - grad)", distance("mmd", "definition and triton")),
     Mutation("mmd triton: zero gradient of products", TRITON_MMD, "of_rows = 2.0 * grad", "of_rows = 0.0 * grad", distance("mmd", "definition and triton")),
     Mutation("mmd triton: sign of the gradient", TRITON_MMD, "(slopes[:, None] * z - grad)", "(grad - slopes[:, None] * z)", distance("mmd", "definition and triton")),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import device_of
 from distances import assert_equal_up_to_rounding, features, gradients, moved
+from testing import assert_same_bits_whatever_the_threads
 
 import kdkernels
 from kdkernels import coral
@@ -72,15 +73,7 @@ def test_one_sample_has_no_covariance(backend):
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (60, 200)], ids=["n > d", "n < d"])
 def test_whatever_the_threads(n, d):
     x, y = (z.float() for z in features(n, d, m=n - 7))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(gradients(coral, x, y))
-    finally:
-        torch.set_num_threads(threads)
-    for one in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(one, found[0]))
+    assert_same_bits_whatever_the_threads(lambda: gradients(coral, x, y))
 
 
 @over_backends

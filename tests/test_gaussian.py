@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import device_of
 from distances import assert_equal_up_to_rounding, features, gradients, moved
+from testing import assert_same_bits_whatever_the_threads
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import kdkernels
@@ -143,6 +144,17 @@ def test_near_convergence(shape):
             assert ((a.double() - b).norm() / b.norm()).item() < 2e-3, function
         if function is gaussian_wasserstein:
             assert abs(usual / truth[0].item() - 1) > 0.1
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_nearly_equal_samples(backend):
+    """Samples a thousandth of their mean apart: their rounded means would cost three digits of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (5 + 1e-3 * torch.randn(n, 40, generator=generator) for n in (2, 3))
+    for function, options in ((gaussian_wasserstein, {}), (gaussian_kl, {"eps": 1e-12})):
+        got = gradients(on(function, backend), x, y, **options)
+        for a, b in zip(got, gradients(function, x.double(), y.double(), **options)):
+            assert ((a.double() - b).norm() / b.norm()).item() < 1e-6, function
 
 
 @over_backends
@@ -365,16 +377,8 @@ def test_classes_of_many_sizes(function, backend):
 def test_same_bits_whatever_the_threads():
     x, y = features(3, 200, 300, dtype=torch.float32)
     labels = torch.randint(0, 9, (3, 200), generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(gradients(gaussian_kl, x, y, labels=labels, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    run = partial(gradients, gaussian_kl, x, y, labels=labels, backend="cpu")
+    assert_same_bits_whatever_the_threads(run)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")

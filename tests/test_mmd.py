@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import device_of
 from distances import assert_equal_up_to_rounding, features, gradients, moved
+from testing import assert_same_bits_whatever_the_threads
 
 import kdkernels
 from kdkernels import energy_distance, mmd
@@ -464,20 +465,9 @@ def test_classes_are_problems_of_their_own(backend):
 def test_same_bits_whatever_the_threads():
     x, y = features(2, 300, 100, m=250, dtype=torch.float32)
     labels = torch.arange(600).reshape(2, 300) % 7
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            plain = gradients(mmd, x, y, backend="cpu", upstream=torch.ones(2))
-            by_class = gradients(
-                energy_distance, x, x.flip(1), labels=labels, backend="cpu", upstream=torch.ones(2)
-            )
-            results.append((*plain, *by_class))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(results[0], other))
+    run = partial(gradients, backend="cpu", upstream=torch.ones(2))
+    assert_same_bits_whatever_the_threads(partial(run, mmd, x, y))
+    assert_same_bits_whatever_the_threads(partial(run, energy_distance, x, x.flip(1), labels=labels))
 
 
 @native

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import device_of
 from distances import assert_equal_up_to_rounding, features, gradients, moved
+from testing import assert_same_bits_whatever_the_threads
 
 import kdkernels
 from kdkernels import sliced_wasserstein
@@ -206,16 +207,8 @@ def test_same_bits_whatever_the_threads():
     x, y = features(3, 900, 20, dtype=torch.float32)
     theta = directions(31, 20).float()
     a, b = (theta @ z.mT for z in (x, y))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(torch.ops.kdkernels.sliced_wasserstein(a, b, None, None, 2.0, [True, True], "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(results[0], other))
+    op = torch.ops.kdkernels.sliced_wasserstein
+    assert_same_bits_whatever_the_threads(partial(op, a, b, None, None, 2.0, [True, True], "cpu"))
 
 
 def test_bad_options():

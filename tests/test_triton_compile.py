@@ -344,27 +344,21 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         weights = torch.empty(2, case["classes"], device="meta")
         wanted = [x if key in tensors else None for key, x in (("grad_student", maps), ("squares", weights))]
         arguments = (maps, maps, weights, torch.empty((), device="meta"), *wanted)
-    elif case["kernel"] == "gaussian":
-        name = options.get("stage", "gaussian_kernel")
+    elif case["kernel"] in ("gaussian", "mmd"):
+        name = options.get("stage", "gaussian_kernel" if case["kernel"] == "gaussian" else "mmd_pairs_kernel")
         x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
         each = torch.empty(2, options["samples"], device="meta")
         weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
         of_x = x.to(getattr(torch, options.get("grad_dtype", case["dtype"])))
         grads = [of_x if key in tensors else None for key in ("grad_x", "grad_y")]
         labels = each.long() if options.get("labels") else None
-        arguments = (x, x, labels, *weights, options["distance"], 1e-6, 2, row, *grads)
-    elif case["kernel"] == "mmd":
-        name = options.get("stage", "mmd_pairs_kernel")
-        x = torch.empty(2, options["samples"], case["classes"], dtype=dtype, device="meta")
-        each = torch.empty(2, options["samples"], device="meta")
-        weights = [each if key in tensors else None for key in ("x_weights", "y_weights")]
-        of_x = x.to(getattr(torch, options.get("grad_dtype", case["dtype"])))
-        grads = [of_x if key in tensors else None for key in ("grad_x", "grad_y")]
-        labels = each.long() if options.get("labels") else None
-        # The mean distance's kernels are started where no bandwidths are given.
-        bandwidths = torch.empty(3, device="meta") if name == "mmd_pairs_kernel" else None
-        arguments = (x, x, labels, *weights, bandwidths, options["of"], options.get("unbiased", False))
-        arguments += (row, *grads)
+        if case["kernel"] == "gaussian":
+            given = (options["distance"], 1e-6, 2)
+        else:
+            # The mean distance's kernels are started where no bandwidths are given.
+            bandwidths = torch.empty(3, device="meta") if name == "mmd_pairs_kernel" else None
+            given = (bandwidths, options["of"], options.get("unbiased", False))
+        arguments = (x, x, labels, *weights, *given, row, *grads)
     elif case["kernel"] == "coral":
         launcher = "distances_of_covariances"
         name, features, rows = options["stage"], case["classes"], options["samples"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -171,6 +171,18 @@ def compare(
             assert_not_vacuous(true_gradient, reference_gradients[name], magnitudes[name])
     if not vacuous:
         assert_not_vacuous(truth, reference, magnitudes["loss"])
+
+
+def assert_same_bits_whatever_the_threads(run: Callable[[], Iterable[Tensor]]) -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(list(run()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 REGIMES = ("plain", "warm", "near", "far", "ties", "uniform")

@@ -68,4 +68,48 @@ inline std::vector<Job> jobs_of(int64_t problems, int64_t x_samples, int64_t y_s
   return jobs;
 }
 
+template <typename S>
+double weight_of(const S* weights, int64_t i) {
+  return weights == nullptr ? 1.0 : static_cast<double>(weights[i]);
+}
+
+struct WeightSums {
+  double total = 0, squares = 0;
+  // 1 - sum w^2 of weights that are made to add up to 1.
+  double left() const { return 1 - squares / (total * total); }
+};
+
+// The rows of one side of a job that have weight: a sample of weight 0 is not there.
+template <typename S>
+WeightSums find_weighted(const S* weights, const Job& job, int64_t count,
+                         std::vector<int64_t>& rows) {
+  WeightSums sums;
+  rows.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = job.rows == nullptr ? i : job.rows[i];
+    const double weight = weight_of(weights, row);
+    if (weight == 0) continue;
+    rows.push_back(row);
+    sums.total += weight;
+    sums.squares += weight * weight;
+  }
+  return sums;
+}
+
+template <typename T>
+void zero_gradients(T* base, const Job& job, int64_t count, int64_t features) {
+  for (int64_t i = 0; base != nullptr && i < count; ++i) {
+    std::fill_n(base + (job.rows == nullptr ? i : job.rows[i]) * features, features, T{});
+  }
+}
+
+// Each problem's loss is the sum of its jobs'.
+template <typename S>
+void write_losses(const std::vector<Job>& jobs, const std::vector<double>& losses, int64_t problems,
+                  S* loss) {
+  std::vector<double> totals(problems);
+  for (size_t i = 0; i < jobs.size(); ++i) totals[jobs[i].problem] += losses[i];
+  for (int64_t p = 0; p < problems; ++p) loss[p] = static_cast<S>(totals[p]);
+}
+
 }  // namespace kdkernels::cpu

@@ -11,6 +11,7 @@
 
 #include "../kdkernels.h"
 #include "classes.h"
+#include "column_sums.h"
 #include "convert.h"
 #include "parallel.h"
 #include "product.h"
@@ -22,8 +23,6 @@ namespace {
 // Columns that are centred together, and rows of a product, that a thread takes at once.
 constexpr int64_t kColumns = 32;
 constexpr int64_t kRows = 16;
-// Bytes of each of its buffers that a thread keeps.
-constexpr int64_t kKept = 4 << 20;
 
 // The samples of one side that have weight.
 struct Side {
@@ -52,33 +51,16 @@ void share_out(int64_t n, int64_t piece, int threads, const Body& body) {
 
 // The samples that have weight, and whether they have a covariance.
 template <typename S>
-bool find_samples(const S* weights, const int64_t* rows, int64_t count, Side& side) {
-  side.rows.clear();
-  side.weights.clear();
-  double total = 0, squares = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = rows == nullptr ? i : rows[i];
-    const double weight = weights == nullptr ? 1.0 : static_cast<double>(weights[row]);
-    if (weight == 0) continue;
-    side.rows.push_back(row);
-    side.weights.push_back(weight);
-    total += weight;
-    squares += weight * weight;
-  }
+bool find_samples(const S* weights, const Job& job, int64_t count, Side& side) {
+  const WeightSums sums = find_weighted(weights, job, count, side.rows);
   if (side.rows.size() < 2) return false;
-  side.scales.resize(side.weights.size());
-  const double left = 1 - squares / (total * total);
-  for (size_t i = 0; i < side.weights.size(); ++i) {
-    side.weights[i] /= total;
-    side.scales[i] = std::sqrt(side.weights[i] / left);
+  side.weights.resize(side.rows.size());
+  side.scales.resize(side.rows.size());
+  for (size_t i = 0; i < side.rows.size(); ++i) {
+    side.weights[i] = weight_of(weights, side.rows[i]) / sums.total;
+    side.scales[i] = std::sqrt(side.weights[i] / sums.left());
   }
   return true;
-}
-
-template <typename S>
-KDK_INLINE void add_values(const S* x, const S* origin, S weight, int64_t n, S* sum) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sum[j] += weight * (x[j] - origin[j]);
 }
 
 // Some columns of D and E, from samples of any type.
@@ -93,21 +75,15 @@ KDK_INLINE void centre(const T* const bases[2], const int64_t strides[2], const 
     return widen_block(bases[s] + sides[s].rows[i] * strides[s] + begin, n, buffer[s]);
   };
   for (int s = 0; s < 2; ++s) {
-    // From the first sample, so that what is constant is exactly 0; in float64 after so many rows.
-    constexpr int64_t kRun = 32;
-    const int64_t count = static_cast<int64_t>(sides[s].rows.size());
-    S part[kColumns] = {};
-    double total[kColumns] = {};
+    // From the first sample, so that what is constant is exactly 0.
+    double total[kColumns];
     std::copy_n(row(s, 0), n, origin[s]);
-    for (int64_t i = 0; i < count; ++i) {
-      add_values(row(s, i), origin[s], static_cast<S>(sides[s].weights[i]), n, part);
-      if ((i + 1) % kRun != 0 && i + 1 < count) continue;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        total[j] += part[j];
-        part[j] = S(0);
-      }
-    }
+    sum_rows<S, kColumns>(
+        static_cast<int64_t>(sides[s].rows.size()), n,
+        [&](int64_t i, S* sum) KDK_INLINED {
+          add_values(row(s, i), origin[s], static_cast<S>(sides[s].weights[i]), n, sum);
+        },
+        total);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) mean[s][j] = static_cast<S>(total[j]);
   }
@@ -208,14 +184,11 @@ double run_job(const PairParams& params, const Job& job, int threads,
   for (int s = 0; s < 2; ++s) {
     if (weights[s] != nullptr) weights[s] += job.problem * samples_of[s];
     if (grads[s] != nullptr) grads[s] += job.problem * samples_of[s] * d;
-    there = find_samples(weights[s], job.rows, counts[s], room.sides[s]) && there;
+    there = find_samples(weights[s], job, counts[s], room.sides[s]) && there;
   }
   for (int s = 0; s < 2; ++s) {
-    if (grads[s] == nullptr) continue;
     if (there && static_cast<int64_t>(room.sides[s].rows.size()) == counts[s]) continue;
-    for (int64_t i = 0; i < counts[s]; ++i) {
-      std::fill_n(grads[s] + (job.rows == nullptr ? i : job.rows[i]) * d, d, T{});
-    }
+    zero_gradients(grads[s], job, counts[s], d);
   }
   if (!there) return 0;
 
@@ -349,7 +322,7 @@ void run_jobs(const PairParams& params, int threads) {
     }
     for (Buffer<S>* buffer : {&room.difference, &room.sum, &room.cross, &room.grams[0],
                               &room.grams[1], &room.packed[0], &room.packed[1]}) {
-      buffer->keep_at_most(kKept);
+      buffer->end_of_call();
     }
   };
   if (together) {
@@ -357,11 +330,7 @@ void run_jobs(const PairParams& params, int threads) {
   } else {
     for_each_run_of_rows(count, params.x_samples * params.features * 64 / count, threads, run);
   }
-  std::vector<double> totals(params.problems);
-  for (size_t i = 0; i < jobs.size(); ++i) totals[jobs[i].problem] += losses[i];
-  for (int64_t p = 0; p < params.problems; ++p) {
-    static_cast<S*>(params.loss)[p] = static_cast<S>(totals[p]);
-  }
+  write_losses(jobs, losses, params.problems, static_cast<S*>(params.loss));
 }
 
 }  // namespace

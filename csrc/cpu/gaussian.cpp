@@ -8,6 +8,7 @@
 
 #include "../kdkernels.h"
 #include "classes.h"
+#include "column_sums.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -15,8 +16,6 @@ namespace kdkernels::cpu {
 namespace {
 
 constexpr int64_t kColumns = 64;
-// After so many rows a sum goes on in float64.
-constexpr int64_t kRows = 32;
 
 // The samples of one class on one side, and the columns of the task.
 template <typename T>
@@ -33,24 +32,20 @@ struct Samples {
   KDK_INLINE S weight(int64_t i) const { return weights == nullptr ? S(1) : weights[row(i)]; }
 };
 
+// Of some columns. The mean lies `offset` from a sample: taken off one after the other, they leave
+// the differences of nearly equal samples their digits, which the rounded mean would not.
 template <typename S>
-KDK_INLINE void add_values(const S* x, const S* origin, S weight, int64_t n, S* sum) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sum[j] += weight * (x[j] - origin[j]);
-}
+struct Moments {
+  S origin[kColumns], offset[kColumns], variance[kColumns];
+  KDK_INLINE S centred(S x, int64_t j) const { return (x - origin[j]) - offset[j]; }
+};
 
 template <typename S>
-KDK_INLINE void add_squares(const S* x, const S* mean, S weight, int64_t n, S* sum) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sum[j] += weight * ((x[j] - mean[j]) * (x[j] - mean[j]));
-}
-
-template <typename S>
-KDK_INLINE void add_to_total(S* sum, int64_t n, double* total) {
+KDK_INLINE void add_squares(const S* x, const Moments<S>& moments, S weight, int64_t n, S* sum) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    total[j] += sum[j];
-    sum[j] = S(0);
+    const S centred = moments.centred(x[j], j);
+    sum[j] += weight * (centred * centred);
   }
 }
 
@@ -61,34 +56,29 @@ KDK_INLINE void divide(const double* total, double weight, int64_t n, S* result)
 }
 
 template <typename T>
-KDK_INLINE void mean_and_variance(const Samples<T>& samples, double weight, int64_t n,
-                                  typename Statistics<T>::Type* mean,
-                                  typename Statistics<T>::Type* variance) {
+KDK_INLINE void find_moments(const Samples<T>& samples, double weight, int64_t n,
+                             Moments<typename Statistics<T>::Type>& found) {
   using S = typename Statistics<T>::Type;
-  S buffer[kColumns], origin[kColumns], sum[kColumns] = {};
-  double total[kColumns] = {};
+  S buffer[kColumns];
+  double total[kColumns];
+  const auto row = [&](int64_t i) KDK_INLINED {
+    return widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
+  };
   // From the first sample that has weight, so that what is constant has exactly no variance.
   int64_t first = 0;
   while (samples.weight(first) == S(0)) ++first;
-  std::copy_n(widen_block(samples.base + samples.row(first) * samples.stride, n, buffer), n,
-              origin);
-  for (int64_t i = 0; i < samples.count; ++i) {
-    const S* x = widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
-    add_values(x, origin, samples.weight(i), n, sum);
-    if ((i + 1) % kRows == 0) add_to_total(sum, n, total);
-  }
-  add_to_total(sum, n, total);
-  divide(total, weight, n, mean);
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) mean[j] += origin[j];
-  std::fill_n(total, n, 0.0);
-  for (int64_t i = 0; i < samples.count; ++i) {
-    const S* x = widen_block(samples.base + samples.row(i) * samples.stride, n, buffer);
-    add_squares(x, mean, samples.weight(i), n, sum);
-    if ((i + 1) % kRows == 0) add_to_total(sum, n, total);
-  }
-  add_to_total(sum, n, total);
-  divide(total, weight, n, variance);
+  std::copy_n(row(first), n, found.origin);
+  sum_rows<S, kColumns>(
+      samples.count, n,
+      [&](int64_t i, S* sum)
+          KDK_INLINED { add_values(row(i), found.origin, samples.weight(i), n, sum); },
+      total);
+  divide(total, weight, n, found.offset);
+  sum_rows<S, kColumns>(
+      samples.count, n,
+      [&](int64_t i, S* sum) KDK_INLINED { add_squares(row(i), found, samples.weight(i), n, sum); },
+      total);
+  divide(total, weight, n, found.variance);
 }
 
 // t - log(1 + t) with 1 + t = a / b: the series where it cancels (the next term is 1e-9 of it in
@@ -103,34 +93,32 @@ KDK_INLINE S ratio_less_log(S t, S more, S a) {
   return std::abs(t) <= S(0.0625) ? t * t * series : far;
 }
 
-// Each column's loss, and grad = w (shift + slope (x - mean)) of both sides.
+// Each column's loss, and grad = w (shift + slope (x - mean)) of both sides, whose means are `move`
+// apart.
 template <typename S>
-KDK_INLINE void wasserstein_columns(const S* mean_x, const S* mean_y, const S* v_x, const S* v_y,
-                                    int64_t n, S* loss, S* shift, S* slope_x, S* slope_y) {
+KDK_INLINE void wasserstein_columns(const S* move, const S* v_x, const S* v_y, int64_t n, S* loss,
+                                    S* shift, S* slope_x, S* slope_y) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const S move = mean_x[j] - mean_y[j];
     const S s_x = std::sqrt(v_x[j]), s_y = std::sqrt(v_y[j]);
     const S spread = s_x - s_y;
-    loss[j] = move * move + spread * spread;
-    shift[j] = 2 * move;
+    loss[j] = move[j] * move[j] + spread * spread;
+    shift[j] = 2 * move[j];
     slope_x[j] = s_x > S(0) ? 2 * spread / s_x : S(0);
     slope_y[j] = s_y > S(0) ? -2 * spread / s_y : S(0);
   }
 }
 
 template <typename S>
-KDK_INLINE void kl_columns(const S* mean_x, const S* mean_y, const S* variance_x,
-                           const S* variance_y, S eps, int64_t n, S* loss, S* shift, S* slope_x,
-                           S* slope_y) {
+KDK_INLINE void kl_columns(const S* move, const S* variance_x, const S* variance_y, S eps,
+                           int64_t n, S* loss, S* shift, S* slope_x, S* slope_y) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const S move = mean_x[j] - mean_y[j];
     const S v_x = variance_x[j] + eps, v_y = variance_y[j] + eps;
     const S more = variance_x[j] - variance_y[j];
-    const S scaled = move / v_y;
+    const S scaled = move[j] / v_y;
     const S t = more / v_y;
-    loss[j] = S(0.5) * (ratio_less_log(t, more, v_x) + move * scaled);
+    loss[j] = S(0.5) * (ratio_less_log(t, more, v_x) + move[j] * scaled);
     loss[j] = v_x > S(0) ? loss[j] : S(INFINITY);
     shift[j] = scaled;
     slope_x[j] = t / v_x;
@@ -141,7 +129,7 @@ KDK_INLINE void kl_columns(const S* mean_x, const S* mean_y, const S* variance_x
 template <typename T>
 KDK_INLINE void write_gradient(const Samples<T>& samples, double weight, int64_t n,
                                typename Statistics<T>::Type sign,
-                               const typename Statistics<T>::Type* mean,
+                               const Moments<typename Statistics<T>::Type>& moments,
                                const typename Statistics<T>::Type* shift,
                                const typename Statistics<T>::Type* slope) {
   using S = typename Statistics<T>::Type;
@@ -154,7 +142,7 @@ KDK_INLINE void write_gradient(const Samples<T>& samples, double weight, int64_t
     S* to = block_of(grad, result);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      to[j] = signed_share * shift[j] + share * (slope[j] * (x[j] - mean[j]));
+      to[j] = signed_share * shift[j] + share * (slope[j] * moments.centred(x[j], j));
     }
     narrow_block(to, n, grad);
   }
@@ -195,18 +183,22 @@ KDK_INLINE double run_class(const GaussianParams& params, const Samples<T>& x, c
     if (y.grad != nullptr) write_zeros(y, n);
     return 0;
   }
-  S mean_x[kColumns], mean_y[kColumns], v_x[kColumns], v_y[kColumns];
-  S loss[kColumns], shift[kColumns], slope_x[kColumns], slope_y[kColumns];
-  mean_and_variance(x, weight_x, n, mean_x, v_x);
-  mean_and_variance(y, weight_y, n, mean_y, v_y);
-  if (params.distance == GaussianDistance::kWasserstein) {
-    wasserstein_columns(mean_x, mean_y, v_x, v_y, n, loss, shift, slope_x, slope_y);
-  } else {
-    kl_columns(mean_x, mean_y, v_x, v_y, static_cast<S>(params.eps), n, loss, shift, slope_x,
-               slope_y);
+  Moments<S> of_x, of_y;
+  S move[kColumns], loss[kColumns], shift[kColumns], slope_x[kColumns], slope_y[kColumns];
+  find_moments(x, weight_x, n, of_x);
+  find_moments(y, weight_y, n, of_y);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    move[j] = (of_x.origin[j] - of_y.origin[j]) + (of_x.offset[j] - of_y.offset[j]);
   }
-  if (x.grad != nullptr) write_gradient(x, weight_x, n, S(1), mean_x, shift, slope_x);
-  if (y.grad != nullptr) write_gradient(y, weight_y, n, S(-1), mean_y, shift, slope_y);
+  if (params.distance == GaussianDistance::kWasserstein) {
+    wasserstein_columns(move, of_x.variance, of_y.variance, n, loss, shift, slope_x, slope_y);
+  } else {
+    kl_columns(move, of_x.variance, of_y.variance, static_cast<S>(params.eps), n, loss, shift,
+               slope_x, slope_y);
+  }
+  if (x.grad != nullptr) write_gradient(x, weight_x, n, S(1), of_x, shift, slope_x);
+  if (y.grad != nullptr) write_gradient(y, weight_y, n, S(-1), of_y, shift, slope_y);
   double sum = 0;
   for (int64_t j = 0; j < n; ++j) sum += loss[j];
   return sum;

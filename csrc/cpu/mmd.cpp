@@ -526,11 +526,6 @@ void for_each(int64_t n, int threads, const Body& body) {
   }
 }
 
-template <typename S>
-double weight_of(const S* weights, int64_t i) {
-  return weights == nullptr ? 1.0 : static_cast<double>(weights[i]);
-}
-
 // What the distances of a problem are multiplied by: from its bandwidths, or their mean distance.
 template <typename S>
 Kernel<S> kernel_of(const MmdParams& params, double mean_distance) {
@@ -573,13 +568,6 @@ Kernel<S> kernel_of(const MmdParams& params, double mean_distance) {
     kernel.squarings.push_back(squarings);
   }
   return kernel;
-}
-
-template <typename T>
-void zero_gradients(T* base, const Job& job, int64_t count, int64_t features) {
-  for (int64_t i = 0; base != nullptr && i < count; ++i) {
-    std::fill_n(base + (job.rows == nullptr ? i : job.rows[i]) * features, features, T{});
-  }
 }
 
 // Sums over all pairs: within x, within y, across.
@@ -629,20 +617,11 @@ double run_job(const MmdParams& params, const Job& job, int threads,
     if (weights[s] != nullptr) weights[s] += job.problem * samples[s];
     if (grads[s] != nullptr) grads[s] += job.problem * samples[s] * d;
     Side<S>& side = sides[s];
-    side.rows.clear();
-    totals[s] = 0;
-    double squares = 0;
-    for (int64_t i = 0; i < counts[s]; ++i) {
-      const int64_t row = job.rows == nullptr ? i : job.rows[i];
-      const double weight = weight_of(weights[s], row);
-      if (weight == 0) continue;  // such a sample is not there
-      side.rows.push_back(row);
-      totals[s] += weight;
-      squares += weight * weight;
-    }
+    const WeightSums sums = find_weighted(weights[s], job, counts[s], side.rows);
+    totals[s] = sums.total;
     side.count = static_cast<int64_t>(side.rows.size());
     side.panels = (side.count + kPanel<S> - 1) / kPanel<S>;
-    side.within = params.unbiased ? 1 / (1 - squares / (totals[s] * totals[s])) : 1;
+    side.within = params.unbiased ? 1 / sums.left() : 1;
     there = there && side.count >= (params.unbiased ? 2 : 1);
   }
   for (int s = 0; s < 2; ++s) {
@@ -759,11 +738,7 @@ void run_jobs(const MmdParams& params, int threads) {
       losses[small[i]] = run_job<T>(params, jobs[small[i]], 1, own);
     }
   });
-  std::vector<double> totals(params.problems);
-  for (size_t i = 0; i < jobs.size(); ++i) totals[jobs[i].problem] += losses[i];
-  for (int64_t p = 0; p < params.problems; ++p) {
-    static_cast<S*>(params.loss)[p] = static_cast<S>(totals[p]);
-  }
+  write_losses(jobs, losses, params.problems, static_cast<S*>(params.loss));
 }
 
 }  // namespace

@@ -23,8 +23,6 @@ namespace {
 
 // Classes that are packed, or whose gradients are summed, at once.
 constexpr int64_t kBlock = kProductColumns;
-// Bytes of each of its buffers that a thread keeps.
-constexpr int64_t kKept = 4 << 20;
 
 template <typename S>
 struct Matrix {
@@ -230,9 +228,8 @@ void run(const SmallLinearLossParams& params, int threads) {
       }
     }
   });
-  if (wrong >= 0) refuse_label(losses[0], wrong);
 
-  for (int i = 0; i < work.count; ++i) {
+  for (int i = 0; i < work.count && wrong < 0; ++i) {
     const Side<S>& side = work.sides[i];
     if (side.given->grad_weight == nullptr && side.given->grad_bias == nullptr) continue;
     shared_out(blocks, [&](int64_t begin, int64_t end) {
@@ -249,8 +246,9 @@ void run(const SmallLinearLossParams& params, int threads) {
     });
   }
   for (Side<S>& side : work.sides) {
-    for (Buffer<S>& buffer : side.memory) buffer.keep_at_most(kKept);
+    for (Buffer<S>& buffer : side.memory) buffer.end_of_call();
   }
+  if (wrong >= 0) refuse_label(losses[0], wrong);
 }
 
 }  // namespace

@@ -42,15 +42,16 @@ class Buffer {
     return memory_.get();
   }
 
-  // Gives the memory back unless it is so little: what a thread keeps for its next call of a kernel
-  // need not be brought in page by page again.
-  void keep_at_most(int64_t bytes) {
-    if (size_ * static_cast<int64_t>(sizeof(S)) <= bytes) return;
+  // For a buffer that outlives a call: what a thread keeps need not be brought in page by page by
+  // the next call. More than kKept goes back.
+  void end_of_call() {
+    if (size_ * static_cast<int64_t>(sizeof(S)) <= kKept) return;
     memory_.reset();
     size_ = 0;
   }
 
  private:
+  static constexpr int64_t kKept = 4 << 20;
   static constexpr std::align_val_t kAlign{64};
   struct Free {
     void operator()(S* memory) const { ::operator delete(memory, kAlign); }

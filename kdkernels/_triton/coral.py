@@ -333,11 +333,6 @@ def distances_of_covariances(
     """Fill the outputs that are not None; `loss` is the squared distance of the covariances."""
     problems, n, features = x.shape
     m, rows = y.shape[1], samples.shape[1] // 2
-    if not n or not m:
-        for output in (samples, products, loss, a, b, difference):
-            if output is not None:
-                output.zero_()
-        return
     block_n, block_d, num_warps, splits = tile(problems, rows, features)
     blocks = triton.cdiv(features, block_d)
     vector = math.gcd(16, features, *x.stride()[:2], *y.stride()[:2])

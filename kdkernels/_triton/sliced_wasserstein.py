@@ -392,11 +392,6 @@ def sliced_wasserstein(
     """Fill the outputs that are not None."""
     problems, projections, n = x.shape
     m, rows = y.shape[2], problems * projections
-    if not n or not m:
-        for output in (loss, grad_x, grad_y):
-            if output is not None:
-                output.zero_()
-        return
     order = int(p) if p in (1, 2) else 0
     with torch.cuda.device_of(x):
         if n == m and x_weights is None and y_weights is None and n <= LONGEST:

@@ -50,6 +50,11 @@ class Spec(NamedTuple):
     def reads_target(self) -> bool:
         return self.divergence != NONE or self.logit_mse != 0
 
+    @property
+    def of_kernels(self) -> tuple[int | float | bool, ...]:
+        """What kernels of logits take: all but the soft term's scale, which they have for each row or as a number."""
+        return (*self[:5], *self[7:])
+
     def exchanged(self) -> Spec:
         """What there is of the teacher, seen from its side: the soft term with the sides exchanged, and the MSE."""
         divergence = {

@@ -285,11 +285,10 @@ def _is_small(call: Call) -> bool:
         or call.kind not in (NO_TEACHER, HIDDEN)
         or call.classes > SMALL_HEAD
         or call.mask is not None
-        or not (
-            call.scale is None
-            and call.target_scale is None
-            and call.scale_value == call.target_scale_value == 1
-        )
+        or call.scale is not None
+        or call.target_scale is not None
+        or call.scale_value != 1
+        or call.target_scale_value != 1
         or call.cap
         or call.target_cap
         or (call.spec.squared and (needs[6] or needs[7]))
@@ -680,8 +679,8 @@ def _run_tiles(call: Call, outputs: Sequence[Tensor | None]) -> None:
             (*target, *of_target),
             call.labels,
             *shared,
-            (*spec[:5], *spec[7:]),
-            (*exchanged[:5], *exchanged[7:]),
+            spec.of_kernels,
+            exchanged.of_kernels,
             loss,
             terms,
             *gradients[6:8],

@@ -189,15 +189,12 @@ def run_logit_loss_kernels(
     soft_scale = scale_of_soft(spec, input_temperature, input_temperature_value)
     shared = (*soft_scale, row_scale, scale, mask)
     if loss is not None or terms is not None or grad_input is not None or grad_temperature is not None:
-        options = (*spec[:5], *spec[7:])
         found = (loss, terms, grad_input, grad_temperature)
-        kernel(input, target, labels, *temperatures, *shared, *options, *found)
+        kernel(input, target, labels, *temperatures, *shared, *spec.of_kernels, *found)
     if grad_target is not None or grad_target_temperature is not None:
         sides = [temperatures[i] for i in (1, 0, 3, 2)]
-        exchanged = spec.exchanged()
-        options = (*exchanged[:5], *exchanged[7:])
         found = (None, None, grad_target, grad_target_temperature)
-        kernel(target, input, labels, *sides, *shared, *options, *found)
+        kernel(target, input, labels, *sides, *shared, *spec.exchanged().of_kernels, *found)
     if spec.squared and grad_temperature is not None:
         assert terms is not None and input_temperature is not None
         of_square = terms[0] - terms[3] if spec.divergence in (NORMALIZED, REVERSE_NORMALIZED) else terms[0]

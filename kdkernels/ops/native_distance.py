@@ -92,12 +92,23 @@ def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]
     ]
 
 
+def fill(
+    outputs: Sequence[Tensor | None], kernel: Callable[..., None], x: Tensor, y: Tensor, *rest: Any
+) -> None:
+    """The kernel's outputs; without samples on a side they are 0."""
+    if x.numel() and y.numel():
+        kernel(x, y, *rest, *outputs)
+        return
+    for output in outputs:
+        if output is not None:
+            output.zero_()
+
+
 def _body(name: str, with_loss: bool, x: Tensor, y: Tensor, *arguments: Any) -> list[Tensor]:
     outputs = _outputs(x, y, arguments[-2])
     if x.dtype == torch.float16 and arguments[-1] == "cpu" and any(arguments[-2]):
         x, y = x.float(), y.float()  # that kernel's gradients have its samples' dtype
-    if x.shape[0]:
-        launcher(arguments[-1], name)(x, y, *arguments[:-2], *outputs)
+    fill(outputs, launcher(arguments[-1], name), x, y, *arguments[:-2])
     return [output for output in outputs[0 if with_loss else 1 :] if output is not None]
 
 

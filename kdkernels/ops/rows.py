@@ -196,8 +196,6 @@ def check_temperatures(
     temperature: Any, teacher_temperature: Any, student: Tensor, dtype: torch.dtype
 ) -> tuple[Temperature, Temperature]:
     """The student's and the teacher's, which is the same unless it is given."""
-    if teacher_temperature is None and type(temperature) is float and 0 < temperature < math.inf:
-        return temperature, temperature
     temperature = check_temperature(temperature, "temperature", student, dtype)
     if teacher_temperature is None:
         return temperature, temperature

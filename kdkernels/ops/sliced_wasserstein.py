@@ -31,6 +31,7 @@ from kdkernels.ops.features import (
     check_sample_weights,
     proportions,
 )
+from kdkernels.ops.native_distance import fill
 from kdkernels.ops.rows import kind_of
 
 
@@ -111,8 +112,7 @@ def _outputs(a: Tensor, b: Tensor, needs: Sequence[bool]) -> list[Tensor | None]
 
 def _body(a: Tensor, b: Tensor, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
     outputs = _outputs(a, b, arguments[-2])
-    if a.shape[0]:
-        launcher(arguments[-1], "sliced_wasserstein")(a, b, *arguments[:-2], *outputs)
+    fill(outputs, launcher(arguments[-1], "sliced_wasserstein"), a, b, *arguments[:-2])
     return [output for output in outputs if output is not None]
 
 
