@@ -507,6 +507,15 @@ def test_what_is_not_finite_shows(backend, cost, bad):
     assert plan[0].isnan().any() and plan[1].isfinite().all()
 
 
+@with_triton
+def test_costs_that_overflow_show(backend):
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
+    x[0, 2, 1] = 1e25
+    options = {"epsilon": 0.3, "max_iter": enough(backend, 100, 2), "debias": False, "backend": backend}
+    loss = sinkhorn_divergence(x, y, **options)
+    assert loss[0].isnan() and loss[1].isfinite()
+
+
 def test_no_samples(backend):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
     none = x[:, :0]

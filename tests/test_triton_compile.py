@@ -156,7 +156,7 @@ def cases(target: str) -> list[dict[str, Any]]:
         ),
         *(case("mmd", "float32", 512, [], samples=samples, of=DISTANCE) for samples in (128, 8192)),
         *(
-            case("mmd", dtype, features, [], samples=128, of=0, stage="mmd_prepare_kernel")
+            case("mmd", dtype, features, [], samples=128, of=0, stage="prepare_samples_kernel")
             for dtype in DTYPES
             for features in (100, 512)
         ),
@@ -430,7 +430,7 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
     if kernel == "mmd":
         if "stage" in options:
             # Both sides, and the samples that their centre is made of.
-            return (4, 2) if options["stage"] == "mmd_prepare_kernel" else (0, 0)
+            return (4, 2) if options["stage"] == "prepare_samples_kernel" else (0, 0)
         return 0, len({"grad_x", "grad_y"} & set(tensors))
     if kernel == "sinkhorn":
         return 0, len({"grad_x", "grad_y"} & set(tensors)) if "gradient" in options["stage"] else 0

@@ -24,15 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels._triton.mmd import (
+from kdkernels._triton.rows import LOG2E, LOWEST
+from kdkernels._triton.samples import (
     BLOCK_FEATURES,
     BLOCK_SAMPLES,
-    LN2,
     NEAR,
     OF_CENTRE,
-    mmd_prepare_kernel,
+    load_rows,
+    prepare_samples_kernel,
 )
-from kdkernels._triton.rows import LOG2E, LOWEST
 
 # Cost in csrc/kdkernels.h
 COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}
@@ -119,7 +119,8 @@ def _place(
     m,
     BLOCK_M: tl.constexpr,
 ):
-    # The program's problem and rows: blocks of x, then of y.
+    # The program's problem, whether its rows are y's, which come after those of x, their numbers in their batch,
+    # whether they exist, and their places in both.
     x_blocks = (n + BLOCK_M - 1) // BLOCK_M
     row_blocks = x_blocks + (m + BLOCK_M - 1) // BLOCK_M
     problem = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -140,18 +141,6 @@ def _columns(
     # How many samples these rows meet, and where those start.
     meet_y = of_y == (own != 0)
     return tl.where(meet_y, m, n), problem * (n + m) + tl.where(meet_y, n, 0)
-
-
-@triton.jit
-def _load_rows(
-    z_ptr,  # (.., depth) float32
-    row,  # (BLOCK,)
-    exists,  # (BLOCK,)
-    column,  # (BLOCK_K,)
-    depth,
-):
-    mask = exists[:, None] & (column < depth)[None, :]
-    return tl.load(z_ptr + (row[:, None] * depth + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -182,8 +171,8 @@ def _costs(
     block_k = tl.arange(0, BLOCK_K)
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
-        a = _load_rows(z_ptr, row, exists, k + block_k, depth)
-        b = _load_rows(z_ptr, column, there, k + block_k, depth)
+        a = load_rows(z_ptr, row, exists, k + block_k, depth)
+        b = load_rows(z_ptr, column, there, k + block_k, depth)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     if COST == COSINE:
         distance = 1.0 - products
@@ -205,7 +194,7 @@ def _costs(
             squared = tl.zeros((BLOCK_M,), tl.float32)
             for k in range(0, depth, BLOCK_K):
                 b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
-                away = _load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
+                away = load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
                 squared += tl.sum(away * away, 1)
             distance = tl.where(near & chosen[None, :], squared[:, None], distance)
             q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)
@@ -388,7 +377,7 @@ def sinkhorn_step_kernel(
         total = total * tl.exp2(largest - top) + tl.sum(tl.exp2(x - top[:, None]), 1)
         largest = top
     none = total == 0.0
-    softmin = -scale * LN2 * (largest + tl.log2(tl.where(none, 1.0, total)))
+    softmin = -(largest + tl.log2(tl.where(none, 1.0, total))) / inverse
     to = tl.where(none, 0.0, softmin)
     to *= tl.where(rho == float("inf"), 1.0, rho / (rho + scale))
     after = tl.where(alternating, to, 0.5 * (before + to))
@@ -581,7 +570,7 @@ def sinkhorn_gradient_kernel(
                     c /= tl.where(distance == 0.0, 1.0, distance)
                 c = tl.where(own != 0, -c, c)
                 slopes += tl.sum(c, 1)
-                b = _load_rows(z_ptr, first + j, there, feature, depth)
+                b = load_rows(z_ptr, first + j, there, feature, depth)
                 grad = tl.dot(c, b, grad, input_precision="ieee")
         excess *= epsilon
         of_weight -= tl.where(own != 0, -excess, excess)
@@ -603,7 +592,7 @@ def sinkhorn_gradient_kernel(
         if COST == COSINE:
             grad = -weight[:, None] * grad
         else:
-            grad = slopes[:, None] * _load_rows(z_ptr, row, exists, feature, depth) - grad
+            grad = slopes[:, None] * load_rows(z_ptr, row, exists, feature, depth) - grad
             grad *= (weight * (2.0 if COST == SQEUCLIDEAN else 1.0))[:, None]
         grad = tl.where(other, grad, 0.0)
         inside = exists[:, None] & (feature < features)[None, :]
@@ -706,7 +695,7 @@ def sinkhorn(
         squares, rows = (loss.new_empty(problems, n + m) for _ in range(2))
         weights = torch.cat((a, b), 1)
         differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
-        mmd_prepare_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
+        prepare_samples_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
             x,
             y,
             None,
@@ -750,7 +739,7 @@ def sinkhorn(
                     levels,
                     moving,
                     potentials,
-                    largest if look else None,
+                    largest if look else None,  # which nothing else needs any more
                     n,
                     m,
                     depth,
