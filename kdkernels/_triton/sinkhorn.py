@@ -235,19 +235,19 @@ def sinkhorn_largest_kernel(
 ):
     depth = (depth // 16) * 16
     place = _place(n, m, BLOCK_M)
-    problem, of_y, _, exists, _ = place
+    problem, of_y, exists = place[0], place[1], place[3]
     extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     own = tl.program_id(1)
     if of_y and own == 0:
         return
-    columns, _ = _columns(problem, of_y, own, n, m)
+    columns = _columns(problem, of_y, own, n, m)[0]
     largest = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        cost, _ = _costs(
+        cost = _costs(
             z_ptr, squares_ptr, extras, place, own, own != 0, j, n, m, depth, epsilon, COST, BLOCK_K
-        )
+        )[0]
         # What is not a number is not finite either.
         x = tl.where(tl.abs(cost) < float("inf"), tl.abs(cost), float("inf"))
         largest = tl.maximum(largest, tl.where(exists[:, None] & there[None, :], x, 0.0))
@@ -337,7 +337,7 @@ def sinkhorn_step_kernel(
 ):
     depth = (depth // 16) * 16
     place = _place(n, m, BLOCK_M)
-    problem, of_y, _, exists, row = place
+    problem, of_y, exists, row = place[0], place[1], place[3], place[4]
     extras = (extra_ptr, extra_x_ptr, extra_y_ptr)
     own = tl.program_id(1)
     if (part == 1 and (of_y and own == 0)) or (part == 2 and of_y == 0):
@@ -366,9 +366,9 @@ def sinkhorn_step_kernel(
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        cost, _ = _costs(
+        cost = _costs(
             z_ptr, squares_ptr, extras, place, own, own != 0, j, n, m, depth, epsilon, COST, BLOCK_K
-        )
+        )[0]
         weight = tl.load(weights_ptr + first + j, mask=there, other=0.0)
         log_weight = tl.where(weight == 0.0, float("-inf"), tl.log2(tl.where(weight == 0.0, 1.0, weight)))
         potential = tl.load(potentials_ptr + source + first + j, mask=there, other=0.0)
@@ -646,9 +646,9 @@ def sinkhorn_plan_kernel(
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
-        cost, _ = _costs(
+        cost = _costs(
             z_ptr, squares_ptr, extras, place, own, diagonal, j, n, m, depth, epsilon, COST, BLOCK_K
-        )
+        )[0]
         g = tl.load(from_ptr + first + j, mask=there, other=0.0)[None, :]
         weight = own_weight * tl.load(weights_ptr + first + j, mask=there, other=0.0)[None, :]
         share = tl.exp2((f + g - cost) * (LOG2E / epsilon))
