@@ -218,6 +218,19 @@ def cases(target: str) -> list[dict[str, Any]]:
                 ("sinkhorn_plan_kernel", []),
             )
         ),
+        *(
+            case(
+                "sinkhorn",
+                "float32",
+                512,
+                ["grad_x", "extra"],
+                samples=128,
+                cost="sqeuclidean",
+                debias=False,
+                stage=f"sinkhorn_{stage}_kernel",
+            )
+            for stage in ("largest", "schedule", "step", "stop", "finish", "gradient", "plan")
+        ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
         *(case("kl_div", "float32", classes, ["loss"]) for classes in (32000,)),
@@ -380,11 +393,13 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         name, samples = options["stage"], options["samples"]
         x = torch.empty(2, samples, case["classes"], device="meta")
         each, pairs = x[..., 0].contiguous(), x.new_empty(2, samples, samples)
-        extra, tol = ([pairs] * 3, 1e-3) if "extra" in tensors else ([], -1.0)
+        debias = options.get("debias", True)
+        extra, tol = ([pairs] * (3 if debias else 1), 1e-3) if "extra" in tensors else ([], -1.0)
+        own = [each if debias else None] * 2
         of_sides = {"grad_x": x, "grad_y": x, "grad_a": each, "grad_b": each}
         grads = [z if key in tensors else None for key, z in of_sides.items()]
-        arguments = (x, x, each, each, extra, options["cost"], 0.1, math.inf, 20, tol, True)
-        arguments += (row, each, each, each, each, *grads, extra)
+        arguments = (x, x, each, each, extra, options["cost"], 0.1, math.inf, 20, tol, debias)
+        arguments += (row, each, each, *own, *grads, extra)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels._triton.rows import LOG2E, LOWEST
+from kdkernels._triton.rows import LOG2E, LOWEST, add_online
 from kdkernels._triton.samples import (
     BLOCK_FEATURES,
     BLOCK_SAMPLES,
@@ -255,16 +255,6 @@ def sinkhorn_largest_kernel(
     tl.store(largest_ptr + to, tl.max(tl.max(largest, 1), 0))
 
 
-@triton.jit
-def _blocks_of(
-    kind,
-    x_blocks,
-    row_blocks,
-):
-    # The blocks of rows of a problem of x and y (all), of x and x, of y and y.
-    return tl.where(kind == 2, x_blocks, 0), tl.where(kind == 1, x_blocks, row_blocks)
-
-
 @triton.jit(do_not_specialize=["x_blocks", "row_blocks", "iterations"])
 def sinkhorn_schedule_kernel(
     largest_ptr,  # (halves, problems, row blocks) float32
@@ -279,8 +269,8 @@ def sinkhorn_schedule_kernel(
     problems = tl.num_programs(0)
     problem = tl.program_id(0).to(tl.int64)
     kind = tl.program_id(1)
-    begin, end = _blocks_of(kind, x_blocks, row_blocks)
-    end = tl.where(kind == 0, x_blocks, end)
+    begin = tl.where(kind == 2, x_blocks, 0)
+    end = tl.where(kind == 2, row_blocks, x_blocks)
     largest_ptr += (tl.where(kind == 0, 0, problems) + problem) * row_blocks
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
@@ -320,7 +310,6 @@ def sinkhorn_step_kernel(
     levels_ptr,  # (kinds, problems) int64
     moving_ptr,  # (kinds, problems) int64 or None: all are
     potentials_ptr,  # (2, halves, problems, n + m) float32: f and g, of x and y, of each batch alone; two buffers
-    changes_ptr,  # (halves, problems, row blocks) float32 or None: the largest change that a block of rows has
     n,
     m,
     depth,
@@ -361,8 +350,8 @@ def sinkhorn_step_kernel(
     columns, first = _columns(problem, of_y, own, n, m)
     inverse = LOG2E / scale
 
-    largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.full((BLOCK_M, BLOCK_N), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, columns, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         there = j < columns
@@ -373,27 +362,24 @@ def sinkhorn_step_kernel(
         log_weight = tl.where(weight == 0.0, float("-inf"), tl.log2(tl.where(weight == 0.0, 1.0, weight)))
         potential = tl.load(potentials_ptr + source + first + j, mask=there, other=0.0)
         x = log_weight[None, :] + (potential[None, :] - cost) * inverse
-        top = tl.maximum(largest, tl.max(x, 1))
-        total = total * tl.exp2(largest - top) + tl.sum(tl.exp2(x - top[:, None]), 1)
-        largest = top
+        largest, total = add_online(largest, total, x, 1.0)
+    top = tl.max(largest, 1)
+    total = tl.sum(total * tl.exp2(largest - top[:, None]), 1)
     none = total == 0.0
-    softmin = -(largest + tl.log2(tl.where(none, 1.0, total))) / inverse
+    softmin = -(top + tl.log2(tl.where(none, 1.0, total))) / inverse
     to = tl.where(none, 0.0, softmin)
     to *= tl.where(rho == float("inf"), 1.0, rho / (rho + scale))
     after = tl.where(alternating, to, 0.5 * (before + to))
     tl.store(potentials_ptr + new + row, after, mask=exists)
-    if changes_ptr is not None:
-        change = tl.max(tl.where(exists, tl.abs(after - before), 0.0), 0)
-        tl.store(changes_ptr + (own * tl.num_programs(0) + tl.program_id(0)), change)
 
 
-@triton.jit(do_not_specialize=["x_blocks", "row_blocks", "k"])
+@triton.jit(do_not_specialize=["n", "m", "k"])
 def sinkhorn_stop_kernel(
-    changes_ptr,  # (halves, problems, row blocks) float32
     levels_ptr,  # (kinds, problems) int64
     moving_ptr,  # (kinds, problems) int64
-    x_blocks,
-    row_blocks,
+    potentials_ptr,  # (2, halves, problems, n + m) float32
+    n,
+    m,
     k,
     tol,
     BLOCK: tl.constexpr,
@@ -401,17 +387,21 @@ def sinkhorn_stop_kernel(
     problems = tl.num_programs(0)
     problem = tl.program_id(0).to(tl.int64)
     kind = tl.program_id(1)
-    begin, end = _blocks_of(kind, x_blocks, row_blocks)
-    changes_ptr += (tl.where(kind == 0, 0, problems) + problem) * row_blocks
+    halves = (tl.num_programs(1) + 1) // 2
+    one_ptr = potentials_ptr + (tl.where(kind == 0, 0, problems) + problem) * (n + m)
+    other_ptr = one_ptr + problems.to(tl.int64) * halves * (n + m)
+    end = tl.where(kind == 1, n, n + m)
     moves = tl.zeros((BLOCK,), tl.int32)
-    for start in range(begin, end, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        change = tl.load(changes_ptr + block, mask=block < end, other=0.0)
-        moves = tl.maximum(moves, 1 - (change <= tol).to(tl.int32))
+    for start in range(tl.where(kind == 2, n, 0), end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        change = tl.load(one_ptr + i, mask=i < end, other=0.0) - tl.load(
+            other_ptr + i, mask=i < end, other=0.0
+        )
+        # What is not a number never stops.
+        moves = tl.maximum(moves, 1 - (tl.abs(change) <= tol).to(tl.int32))
     of = kind * problems + problem
     moving = (tl.max(moves, 0) != 0) | (k < tl.load(levels_ptr + of))
-    # Of what has stopped there are old changes.
-    moving = moving & (tl.load(moving_ptr + of) != 0)
+    # What has stopped has one potential in both buffers, and so stays.
     tl.store(moving_ptr + of, moving.to(tl.int64))
 
 
@@ -728,7 +718,6 @@ def sinkhorn(
         potentials = loss.new_zeros(2, halves, problems, n + m)
         moving = torch.ones_like(levels) if tol >= 0 else None
         for k in range(iterations):
-            look = moving is not None and (k + 1) % CHECK == 0
             # Nothing alternates so early.
             for part in (0,) if k < AVERAGED.value else (1, 2):
                 sinkhorn_step_kernel[(problems * row_blocks, 1 if part == 2 else halves)](
@@ -739,7 +728,6 @@ def sinkhorn(
                     levels,
                     moving,
                     potentials,
-                    largest if look else None,  # which nothing else needs any more
                     n,
                     m,
                     depth,
@@ -752,9 +740,9 @@ def sinkhorn(
                     COST=code,
                     **blocks,
                 )
-            if look:
+            if moving is not None and (k + 1) % CHECK == 0:
                 sinkhorn_stop_kernel[(problems, kinds)](
-                    largest, levels, moving, x_blocks, row_blocks, k, tol, BLOCK=BLOCK, num_warps=4
+                    levels, moving, potentials, n, m, k, tol, BLOCK=BLOCK, num_warps=4
                 )
         other = None
         if debias and n == m:  # to the last bit: where it is the same problem thrice
