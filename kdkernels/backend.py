@@ -440,22 +440,25 @@ def native_pair(run: Callable[..., None], where: Callable[[Tensor], int]) -> Cal
     """As native_kl_div, of a distance of two batches."""
 
     def distance(
-        x: Tensor,  # (B, n, d), features side by side
-        y: Tensor,  # (B, m, d), features side by side
+        x: Tensor,  # (B, n, d), features side by side; or (n, d), which is one problem
+        y: Tensor,  # (B, m, d), features side by side; or (m, d)
         labels: Tensor | None,  # (B, n) int64, contiguous
         x_weights: Tensor | None,  # (B, n) statistics' dtype, contiguous
         y_weights: Tensor | None,  # (B, m) statistics' dtype, contiguous
         *rest: Any,  # the distance's options; then loss (B,), grad_x (B, n, d) and grad_y (B, m, d), or None
     ) -> None:
-        problems, samples, width = x.shape
+        *batch, samples, width = x.shape
+        problems, of_x, of_y = (batch[0], x.stride(0), y.stride(0)) if batch else (1, 0, 0)
         pair = (
             _DTYPE_CODE[x.dtype],
             problems,
             samples,
-            y.shape[1],
+            y.shape[-2],
             width,
-            *x.stride()[:2],
-            *y.stride()[:2],
+            of_x,
+            x.stride(-2),
+            of_y,
+            y.stride(-2),
             x,
             y,
             labels,

@@ -36,6 +36,7 @@ def native_distance(
         "Tensor x, Tensor y, Tensor? labels, Tensor? x_weights, Tensor? y_weights, "
         f"{arguments}{', ' if arguments else ''}bool[] needs, str backend"
     )
+    # x and y are (B, n, d) and (B, m, d), or on a CPU (n, d) and (m, d): one problem, as its outputs are then.
     # The problems' distances, then the gradients by x and y where `needs` asks for them; the second gives those alone.
     for with_loss in (True, False):
         op = f"{name}_{'fwd' if with_loss else 'bwd'}"
@@ -68,9 +69,9 @@ def native_distance(
             or (y_weights is not None and y_weights.requires_grad)
         ):
             return _Distance.apply(x, y, x_weights, y_weights, labels, native, options, backend)
-        problems = _problems(x, y, x_weights, y_weights, labels)
+        problems = _problems(x, y, x_weights, y_weights, labels, backend)
         [loss] = run(True, *problems, *options, (False, False), backend)
-        return loss.view(x.shape[:-2])
+        return _shaped(loss, x.shape[:-2])
 
     return distance
 
@@ -86,7 +87,7 @@ def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]
     # float16 has no range for a gradient that is still to meet its upstream gradient.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return [
-        torch.empty(x.shape[0], dtype=statistics_dtype(x.dtype), device=x.device),
+        torch.empty(x.shape[:-2], dtype=statistics_dtype(x.dtype), device=x.device),
         torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None,
         torch.empty(y.shape, dtype=dtype, device=x.device) if needs[1] else None,
     ]
@@ -122,22 +123,27 @@ def _problems(
     x_weights: Tensor | None,  # (..., n)
     y_weights: Tensor | None,  # (..., m)
     labels: Tensor | None,  # (..., n)
+    backend: str,
 ) -> tuple[Any, ...]:
     """As the ops take them: x, y, labels, x_weights, y_weights."""
     return (
-        _side_by_side(x),
-        _side_by_side(y),
+        _side_by_side(x, backend),
+        _side_by_side(y, backend),
         None if labels is None else as_problems(labels.long(), 1).contiguous(),
         None if x_weights is None else as_problems(x_weights, 1).contiguous(),
         None if y_weights is None else as_problems(y_weights, 1).contiguous(),
     )
 
 
-def _side_by_side(x: Tensor) -> Tensor:  # (..., n, d) -> (B, n, d)
-    dimensions = x.dim()
-    if dimensions != 3:
-        x = x.unsqueeze(0) if dimensions == 2 else as_problems(x, 2)
-    return x if x.stride(2) == 1 else x.contiguous()
+def _side_by_side(x: Tensor, backend: str) -> Tensor:  # (..., n, d) -> (B, n, d)
+    """One problem stays (n, d) for a CPU, where each view is a good part of a small batch's call."""
+    if x.dim() != 3 and not (x.dim() == 2 and backend == "cpu"):
+        x = as_problems(x, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shaped(output: Tensor, shape: Sequence[int]) -> Tensor:
+    return output if output.shape == shape else output.view(shape)
 
 
 class _Distance(torch.autograd.Function):
@@ -156,12 +162,12 @@ class _Distance(torch.autograd.Function):
         # A captured graph cannot hand a buffer out once: there the backward computes.
         compiling = torch.compiler.is_compiling()
         wanted = (False, False) if compiling else ctx.needs_input_grad[:2]
-        problems = _problems(x, y, x_weights, y_weights, labels)
+        problems = _problems(x, y, x_weights, y_weights, labels, backend)
         loss, *gradients = native.run(True, *problems, *options, wanted, backend)
         ctx.gradients = None if compiling else gradients
         ctx.arguments = (native, options, backend)
         ctx.save_for_backward(x, y, x_weights, y_weights, labels)
-        return loss.view(x.shape[:-2])
+        return _shaped(loss, x.shape[:-2])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # (...,)
@@ -180,11 +186,11 @@ class _Distance(torch.autograd.Function):
             return (*found, None, None, None, None)
         if gradients is None:
             # The same kernel on the same inputs: bit for bit what the first backward had.
-            problems = _problems(x, y, x_weights, y_weights, labels)
+            problems = _problems(x, y, x_weights, y_weights, labels, backend)
             gradients = native.run(False, *problems, *options, needs[:2], backend)
         upstream = grad_output if grad_output.dim() < 2 else grad_output.reshape(-1)
         for gradient in gradients:
             scale_rows_(gradient, upstream, backend)
-        of_x = gradients[0].view(x.shape).to(x.dtype) if needs[0] else None
-        of_y = gradients[-1].view(y.shape).to(y.dtype) if needs[1] else None
+        of_x = _shaped(gradients[0], x.shape).to(x.dtype) if needs[0] else None
+        of_y = _shaped(gradients[-1], y.shape).to(y.dtype) if needs[1] else None
         return of_x, of_y, None, None, None, None, None, None
