@@ -701,9 +701,9 @@ NATIVE = {
     "sinkhorn": native_sinkhorn,
     "topk_kl_div": native_topk_kl_div,
 }
-# What Triton has: a problem's iterations in one block are C++.
+# What Triton has.
 TRITON = (
-    *(name for name in NATIVE if name != "sinkhorn"),
+    *NATIVE,
     "coral",
     "gaussian",
     "linear_loss",

@@ -66,19 +66,28 @@ CASES = {
     "sliced_wasserstein, p=3": Case(partial(sliced, p=3), ("reference", "cpu", "triton"), labels=False),
     # So much entropy that 60 iterations converge to the last bit.
     "sinkhorn": Case(
-        partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60), ("reference", "cpu"), terms=2
+        partial(kdkernels.sinkhorn_divergence, epsilon=20.0, max_iter=60),
+        ("reference", "cpu", "triton"),
+        terms=2,
     ),
     "sinkhorn, euclidean": Case(
         partial(kdkernels.sinkhorn_divergence, cost="euclidean", epsilon=3.0, max_iter=60),
-        ("reference", "cpu"),
+        ("reference", "cpu", "triton"),
         terms=2,
     ),
     "wasserstein": Case(kdkernels.wasserstein, pot=True, constant_weights=True),
     "wasserstein, p=1": Case(partial(kdkernels.wasserstein, p=1), pot=True, constant_weights=True),
     "wasserstein, p=3": Case(partial(kdkernels.wasserstein, p=3), pot=True, constant_weights=True),
 }
-# The interpreter is slow: what these kernels have of their own is tested in test_mmd.py.
-ELSEWHERE = [(f"mmd, {kernel}", "triton") for kernel in ("laplacian", "polynomial", "imq")]
+# The interpreter is slow: what these kernels have of their own is tested in test_mmd.py and test_sinkhorn.py.
+ELSEWHERE = [
+    (name, "triton")
+    for name in (
+        *(f"mmd, {kernel}" for kernel in ("laplacian", "polynomial", "imq")),
+        "sinkhorn",
+        "sinkhorn, euclidean",
+    )
+]
 GRID = [
     (name, backend)
     for name, case in CASES.items()

@@ -27,7 +27,7 @@ class Mutation(NamedTuple):
 CPU, CUDA, TRITON = "csrc/cpu/kl_div.cpp", "csrc/cuda/kl_div.cu", "kdkernels/_triton/kl_div.py"
 CPU_ROW, CPU_BLOCKS = "csrc/cpu/kl_row.h", "csrc/cpu/softmax.h"
 CPU_TOPK, CPU_MULTI = "csrc/cpu/topk_kl_div.cpp", "csrc/cpu/multi_teacher_kl_div.cpp"
-TRITON_ROWS = "kdkernels/_triton/rows.py"
+TRITON_ROWS, TRITON_SAMPLES = "kdkernels/_triton/rows.py", "kdkernels/_triton/samples.py"
 OP, TRAIN = "kdkernels/ops/kl_div.py", "kdkernels/train/loop.py"
 REPORT, EXPERIMENT, DISTRIBUTED = (
     f"kdkernels/train/{stem}.py" for stem in ("report", "experiment", "distributed")
@@ -52,9 +52,9 @@ OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
 )
 
 
-TRITON_GAUSSIAN, TRITON_CORAL, TRITON_MASKED, TRITON_MMD, TRITON_SLICED = (
+TRITON_GAUSSIAN, TRITON_CORAL, TRITON_MASKED, TRITON_MMD, TRITON_SLICED, TRITON_SINKHORN = (
     f"kdkernels/_triton/{stem}.py"
-    for stem in ("gaussian", "coral", "masked_feature_loss", "mmd", "sliced_wasserstein")
+    for stem in ("gaussian", "coral", "masked_feature_loss", "mmd", "sliced_wasserstein", "sinkhorn")
 )
 METHODS = "kdkernels/methods"
 
@@ -379,15 +379,15 @@ MUTATIONS = [
     Mutation("mmd triton: unbiased without its factor", TRITON_MMD, "share * within, mask", "share, mask", distance("mmd", "definition and triton")),
     Mutation("mmd triton: one sample is enough", TRITON_MMD, "(x_count > 1) & (y_count > 1)", "(x_count > 0) & (y_count > 0)", distance("mmd", "needs_two and triton")),
     Mutation("mmd triton: last samples skipped", TRITON_MMD, "there = j < tl.where(across, other_end, end)", "there = j < tl.where(across, other_end, end) - 1", distance("mmd", "every_tile")),
-    Mutation("mmd triton: last features skipped", TRITON_MMD, "inside = (column < features)[None, :]", "inside = (column < features - 1)[None, :]", distance("mmd", "every_tile")),
+    Mutation("mmd triton: last features skipped", TRITON_SAMPLES, "inside = (column < features)[None, :]", "inside = (column < features - 1)[None, :]", distance("mmd", "every_tile")),
     Mutation("mmd triton: last step alone", TRITON_MMD, "tl.dot(a, tl.trans(b), products,", "tl.dot(a, tl.trans(b), 0.0 * products,", distance("mmd", "every_tile")),
     Mutation("mmd triton: last block of features alone", TRITON_MMD, "grad = tl.dot(c, b, grad,", "grad = tl.dot(c, b, 0.0 * grad,", distance("mmd", "every_tile")),
     Mutation("mmd triton: sums from what memory held", TRITON_MMD, "            _store_rows(sums_ptr, row, exists, feature + f, depth, grad)\n    for step", "            pass\n    for step", distance("mmd", "every_tile")),
     Mutation("mmd triton: halves counted once", TRITON_MMD, "j[None, :] > i[:, None], 2.0", "j[None, :] > i[:, None], 1.0", distance("mmd", "every_tile")),
-    Mutation("mmd triton: near pairs not differenced", TRITON_MMD, "NEAR = tl.constexpr(1 / 64)", "NEAR = tl.constexpr(0.0)", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: near pairs not differenced", TRITON_SAMPLES, "NEAR = tl.constexpr(1 / 64)", "NEAR = tl.constexpr(0.0)", distance("mmd", "near_samples and triton")),
     Mutation("mmd triton: near pairs without gradient", TRITON_MMD, "grad -= c * away", "grad -= 0.0 * c * away", distance("mmd", "near_samples and triton")),
     Mutation("mmd triton: the first near pair alone", TRITON_MMD, "q = tl.min(tl.where(hits > q, hits, BLOCK_N), 0)", "q = BLOCK_N", distance("mmd", "near_samples and triton")),
-    Mutation("mmd triton: x is not centred", TRITON_MMD, "x - centre, 0.0", "x - 0.0 * centre, 0.0", distance("mmd", "near_samples and triton")),
+    Mutation("mmd triton: x is not centred", TRITON_SAMPLES, "x - centre, 0.0", "x - 0.0 * centre, 0.0", distance("mmd", "near_samples and triton")),
     Mutation("mmd triton: equal is what rounding leaves", TRITON_MMD, "& (apart != 0)", "& (apart >= 0)", distance("features", "exactly_zero and triton and (mmd or energy)")),
     Mutation("mmd triton: other weights are equal", TRITON_MMD, "(u != v) | (differs != 0)", "differs != 0", distance("mmd", "other_weights and triton")),
     Mutation("mmd triton: a little less than nothing", TRITON_MMD, "loss.clamp_(min=0)", "pass", distance("mmd", "another_order and triton")),
@@ -447,6 +447,32 @@ MUTATIONS = [
     Mutation("sinkhorn cuda: what is not finite unnoticed", CUDA_SINKHORN, "fabsf(cost) < INFINITY ?", "true ?", sinkhorn("cuda", "finite_shows")),
     Mutation("sinkhorn cuda: a side without mass", CUDA_SINKHORN, "masses[0] == 0 || masses[1] == 0 ? 0 :", "false ? 0 :", sinkhorn("cuda", "without_mass")),
     Mutation("sinkhorn cuda: tol ignored", CUDA_SINKHORN, "if (look && flags[1] * epsilon <= params.tol) break;", "", sinkhorn("cuda", "tol")),
+    Mutation("sinkhorn triton: zero gradient", TRITON_SINKHORN, "grad *= (weight *", "grad *= 0.0 * (weight *", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: sign of y's gradient", TRITON_SINKHORN, "tl.store(to, grad, mask=inside & of_y)", "tl.store(to, -grad, mask=inside & of_y)", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: no gradient of OT(x, x)", TRITON_SINKHORN, "c = tl.where(own != 0, -c, c)", "c = tl.where(own != 0, 0.0, c)", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: OT(y, y) twice", TRITON_SINKHORN, "value -= tl.where(own != 0, -0.5 * excess", "value -= tl.where(own != 0, -1.0 * excess", sinkhorn("", "blocks_of_triton")),
+    Mutation("sinkhorn triton: last feature skipped", TRITON_SINKHORN, "(feature < features)[None, :]", "(feature < features - 1)[None, :]", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: features of the first block alone", TRITON_SINKHORN, "feature = tl.program_id(1) * BLOCK_D", "feature = 0 * BLOCK_D", sinkhorn("", "blocks_of_triton")),
+    Mutation("sinkhorn triton: last sample skipped", TRITON_SINKHORN, "there = j < columns", "there = j < columns - 1", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: sums on different scales", TRITON_SINKHORN, "total * tl.exp2(largest - top[:, None])", "total", sinkhorn("", "blocks_of_triton")),
+    Mutation("sinkhorn triton: near samples from products", TRITON_SINKHORN, "q = tl.min(hits, 0)\n", "q = BLOCK_N\n", sinkhorn("triton", "differenced")),
+    Mutation("sinkhorn triton: epsilon not lowered", TRITON_SINKHORN, "above = (k < iterations) & (scale >", "above = (k < 0) & (scale >", sinkhorn("triton", "loss_and")),
+    Mutation("sinkhorn triton: never alternating", TRITON_SINKHORN, "(own == 0) & (k >= ", "(own == 1) & (k >= ", sinkhorn("triton", "alternating")),
+    Mutation("sinkhorn triton: g of the old f", TRITON_SINKHORN, "source = tl.where(alternating & of_y, new, old)", "source = old", sinkhorn("triton", "alternating")),
+    Mutation("sinkhorn triton: the unbalanced step", TRITON_SINKHORN, "1.0, rho / (rho + scale))", "1.0, 0.9 * rho / (rho + scale))", sinkhorn("triton", "weights")),
+    Mutation("sinkhorn triton: masses not those of reach", TRITON_SINKHORN, "return tl.where(rho == float(\"inf\"), potential,", "return tl.where(rho >= 0.0, potential,", sinkhorn("triton", "weights")),
+    Mutation("sinkhorn triton: weights' gradient without the excess", TRITON_SINKHORN, "of_weight -= tl.where(own != 0, -excess, excess)", "of_weight -= 0.0 * excess", sinkhorn("triton", "weights")),
+    Mutation("sinkhorn triton: extra costs ignored", TRITON_SINKHORN, "if extra_ptr is not None:\n", "if extra_ptr is None:\n", sinkhorn("triton", "extra_cost")),
+    Mutation("sinkhorn triton: extra costs not those of the columns", TRITON_SINKHORN, "across = of_y & (own == 0)", "across = of_y & (own == 2)", sinkhorn("triton", "extra_cost")),
+    Mutation("sinkhorn triton: extra costs taken for equal", TRITON_SINKHORN, "for more in extra[1:]:", "for more in extra[:0]:", sinkhorn("triton", "equal_extra")),
+    Mutation("sinkhorn triton: equal batches unnoticed", TRITON_SINKHORN, "if debias and n == m:", "if False:", sinkhorn("triton", "equal_batches")),
+    Mutation("sinkhorn triton: weights taken for equal", TRITON_SINKHORN, "differs.any(1) | (a != b).any(1)", "differs.any(1)", sinkhorn("triton", "equal_batches")),
+    Mutation("sinkhorn triton: what is not finite unnoticed", TRITON_SINKHORN, "same | (distance < 0.0)", "same | ((distance >= 0.0) == 0)", sinkhorn("triton", "finite_shows")),
+    Mutation("sinkhorn triton: costs that overflow unnoticed", TRITON_SINKHORN, "scale = tl.where(top < float(\"inf\"), scale, float(\"nan\"))", "scale *= 1.0", sinkhorn("triton", "overflow")),
+    Mutation("sinkhorn triton: a side without mass", TRITON_SINKHORN, "there = (a > 0.0) & (b > 0.0)", "there = True", sinkhorn("triton", "without_mass")),
+    Mutation("sinkhorn triton: f and g not level", TRITON_SINKHORN, "0.5 * (of_g - of_f), 0.0)", "0.0 * (of_g - of_f), 0.0)", sinkhorn("triton", "test_potentials")),
+    Mutation("sinkhorn triton: tol ignored", TRITON_SINKHORN, "moving = 1\n    if moving_ptr is not None:", "moving = 1\n    if moving_ptr is None:", sinkhorn("triton", "tol")),
+    Mutation("sinkhorn triton: stopped at the first look", TRITON_SINKHORN, "tl.abs(change) <= tol", "tl.abs(change) <= 1e9 * tol", sinkhorn("triton", "tol")),
     Mutation("sinkhorn: a named backend replaced where it does not fit", OP_SINKHORN, 'if backend == "cuda":\n', 'if False:\n', sinkhorn("cuda", "fit_into")),
     Mutation("sinkhorn: reach ignored", OP_SINKHORN, "softmin if rho == math.inf else rho / (rho + epsilon) * softmin", "softmin", sinkhorn("reference", "independent or masses")),
     Mutation("sinkhorn: masses' difference not charged", OP_SINKHORN, "0.5 * float(epsilon) * (mass - other)", "0.0 * (mass - other)", sinkhorn("reference", "masses")),

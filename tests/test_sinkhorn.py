@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import _ready, device_of
+from conftest import GPU, _ready, device_of
 from testing import assert_near, assert_not_vacuous, assert_same_bits_whatever_the_threads
 from torch import Tensor
 
@@ -23,7 +23,10 @@ from kdkernels import (
     sinkhorn_plan,
 )
 
-BACKENDS = ("reference", "cpu", "cuda")
+# Triton's interpreter takes 20 ms for a block of rows in an iteration: there that backend has only the tests that ask
+# for it.
+BACKENDS = ("reference", "cpu", "cuda", *(["triton"] if GPU else []))
+with_triton = pytest.mark.parametrize("backend", ("reference", "cpu", "cuda", "triton"), indirect=True)
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 over_costs = pytest.mark.parametrize("cost", COSTS)
@@ -39,7 +42,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-PAIRS = [(b, t) for b in BACKENDS for t in FLOATS if (b, t) != ("cuda", torch.float64)]
+PAIRS = [(b, t) for b in BACKENDS for t in FLOATS if b not in ("cuda", "triton") or t != torch.float64]
+if not GPU:  # halves are converted before the op
+    PAIRS.append(("triton", torch.float32))
 
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]}-{str(pair[1]).removeprefix('torch.')}")
@@ -49,12 +54,12 @@ def backend_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
 
 def precise(backend: str) -> torch.dtype:
     """The most precise dtype that the backend takes."""
-    return torch.float32 if backend == "cuda" else torch.float64
+    return torch.float32 if backend in ("cuda", "triton") else torch.float64
 
 
-def enough(backend: str, max_iter: int) -> int:
-    """Fewer where a thread of a device is a fiber, which takes a millisecond for each iteration."""
-    return max_iter if backend != "cuda" or device_of(backend) == "cuda" else min(max_iter, 300)
+def enough(backend: str, max_iter: int, interpreted: int = 6) -> int:
+    """Fewer where a thread of a device is a fiber, which takes a millisecond for each iteration, or is interpreted."""
+    return max_iter if GPU else min(max_iter, {"cuda": 300, "triton": interpreted}.get(backend, max_iter))
 
 
 def samples(
@@ -147,6 +152,7 @@ def compare(backend: str, arguments: dict, dtype: torch.dtype = torch.float32) -
         name for name in ("x", "y", "x_weights", "y_weights", "extra_cost") if arguments.get(name) is not None
     )
     arguments = {k: v.to(dtype) if k in ("x", "y") else v for k, v in arguments.items()}
+    arguments.setdefault("max_iter", enough(backend, 100))
     x, y = arguments["x"], arguments["y"]
     upstream = 0.5 + torch.rand(x.shape[:-2], generator=torch.Generator().manual_seed(3))
     specification = sinkhorn_divergence_reference
@@ -187,6 +193,7 @@ def test_loss_and_gradients(backend_dtype, cost, debias):
     compare(backend, {"x": x, "y": y, "cost": cost, "epsilon": 0.2, "debias": debias}, dtype)
 
 
+@with_triton
 @pytest.mark.parametrize("reach", [None, 0.8])
 @over_costs
 def test_weights(backend, cost, reach):
@@ -195,6 +202,7 @@ def test_weights(backend, cost, reach):
     compare(backend, {"x": x, "y": y, **options, "y_weights": some_weights(2, 7, seed=2)})
 
 
+@with_triton
 @pytest.mark.parametrize("debias", [True, False])
 @over_costs
 def test_extra_cost(backend, cost, debias):
@@ -229,6 +237,42 @@ def test_every_number_of_iterations(backend, max_iter):
     options = {"epsilon": 0.01, "max_iter": max_iter, "cost": "sqeuclidean"}
     compare(backend, {"x": x, "y": y, **options})
     compare(backend, {"x": x, "y": y, **options, "debias": False, "reach": 1.0})
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(33, 65, 3), (1, 17, 17), (40, 1, 100), (16, 32, 64)])
+def test_blocks_of_triton(request, n, m, d):
+    """Some more than a block of rows, of columns, of features; some fewer."""
+    x, y = samples(1, n, d, m=m)
+    backend = _ready("triton", request)
+    for cost, debias in (("euclidean", True), ("sqeuclidean", False)):
+        compare(backend, {"x": x, "y": y, "epsilon": 0.3, "max_iter": 2, "cost": cost, "debias": debias})
+
+
+@with_triton
+@pytest.mark.parametrize("reach", [None, 1.0])
+def test_alternating_iterations(backend, reach):
+    """From the 17th on after the last epsilon, which each problem has in another one."""
+    x, y = samples(2, 5, 4, m=6)
+    x[1], y[1] = 4 * x[1], 4 * y[1]
+    options = {"epsilon": 0.3, "max_iter": 23, "debias": False, "reach": reach}
+    compare(backend, {"x": x, "y": y, **options})
+
+
+@with_triton
+def test_one_iteration(backend):
+    """Which has the last epsilon."""
+    x, y = samples(2, 5, 4, m=6)
+    compare(backend, {"x": x, "y": y, "epsilon": 0.3, "max_iter": 1})
+
+
+@with_triton
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_far_clusters_are_differenced(backend, cost):
+    x, y = samples(1, 12, 4, m=10, dtype=torch.float32)
+    x[:, ::2] += 50
+    y[:, ::2] -= 50
+    y[:, 1] = x[:, 1]
+    compare(backend, {"x": x, "y": y, "epsilon": 0.2, "max_iter": enough(backend, 40), "cost": cost})
 
 
 @over_costs
@@ -311,6 +355,21 @@ def test_value_and_plan_of_an_independent_solver(backend, cost, rho):
     assert abs(debiased.item() - (value - sum(same) / 2)) < max(
         tolerance, 1e-8
     )  # what `solve` of (x, x) lacks
+
+
+@with_triton
+@pytest.mark.parametrize("reach", [None, 0.9])
+def test_potentials(backend, reach):
+    """Of those that are one but for a constant, the ones that are level."""
+    x, y = samples(2, 6, 3, m=5)
+    options = {"epsilon": 0.2, "reach": reach, "max_iter": enough(backend, 40)}
+    weights = {"x_weights": some_weights(2, 6), "y_weights": some_weights(2, 5, seed=2)}
+    truth = potentials(x, y, **weights, **options, backend="reference")
+    x, y = (z.to(device_of(backend), precise(backend)) for z in (x, y))
+    weights = {k: v.to(x) for k, v in weights.items()}
+    found = potentials(x, y, **weights, **options, backend=backend)
+    for got, true in zip(found, truth):
+        assert (got.cpu().double() - true).abs().max() < 1e-5 * true.abs().max()
 
 
 def test_masses_with_reach(backend):
@@ -398,34 +457,64 @@ def test_equal_batches_are_exactly_zero(backend, cost, dtype):
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@with_triton
+def test_equal_batches_and_others(backend):
+    """Each problem for itself: only one of these is the same thrice."""
+    x, _ = (z.to(device_of(backend), torch.float32) for z in samples(3, 9, 5))
+    weights = some_weights(3, 9).to(x.device, torch.float32)
+    y, others = x.clone(), weights.clone()
+    y[1, 8, 4] += 1e-3
+    others[2, 8] += 0.1
+    leaves = [z.requires_grad_() for z in (x, y, weights, others)]
+    options = {"epsilon": 0.1, "max_iter": 3, "backend": backend}
+    loss = sinkhorn_divergence(x, y, x_weights=weights, y_weights=others, **options)
+    assert loss[0] == 0 and loss[1] != 0 and loss[2] != 0
+    for gradient in torch.autograd.grad(loss.sum(), leaves):
+        assert not gradient[0].any() and gradient[1].any() and gradient[2].any()
+
+
+@with_triton
 def test_equal_batches_with_equal_extra_costs(backend):
     x, _ = (z.to(device_of(backend), torch.float32) for z in samples(2, 9, 5))
     extra = torch.rand(2, 9, 9).to(x)
     extra = (extra + extra.mT).requires_grad_()
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    loss = sinkhorn_divergence(*leaves, epsilon=0.2, extra_cost=(extra, extra, extra), backend=backend)
+    options = {"epsilon": 0.2, "max_iter": enough(backend, 100, 2), "backend": backend}
+    loss = sinkhorn_divergence(*leaves, extra_cost=(extra, extra, extra), **options)
     assert torch.equal(loss, torch.zeros_like(loss))
     *of_features, of_extra = torch.autograd.grad(loss.sum(), (*leaves, extra))
     assert not any(g.any() for g in of_features) and not of_extra.any()
     other = extra.detach().clone()
     other[1, 2, 2] += 1
-    moved = sinkhorn_divergence(x, x, epsilon=0.2, extra_cost=(extra, extra, other), backend=backend)
+    moved = sinkhorn_divergence(x, x, extra_cost=(extra, extra, other), **options)
     assert moved[0] == 0 and moved[1] != 0
 
 
+@with_triton
 @over_costs
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_shows(backend, cost, bad):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
     x[0, 2, 1] = bad
     x.requires_grad_()
+    options = {"cost": cost, "epsilon": 0.3, "max_iter": enough(backend, 100, 2), "backend": backend}
     for debias in (True, False):
-        loss = sinkhorn_divergence(x, y, cost=cost, epsilon=0.3, debias=debias, backend=backend)
+        loss = sinkhorn_divergence(x, y, debias=debias, **options)
         [gradient] = torch.autograd.grad(loss.sum(), x)
         assert loss[0].isnan() and loss[1].isfinite()
         assert not gradient[0].isfinite().all() and gradient[1].isfinite().all()
-    plan = sinkhorn_plan(x, y, cost=cost, epsilon=0.3, backend=backend)
+    plan = sinkhorn_plan(x, y, **options)
     assert plan[0].isnan().any() and plan[1].isfinite().all()
+
+
+@with_triton
+def test_costs_that_overflow_show(backend):
+    """Also where no number is: of 17 samples every other one has a part in the centre."""
+    x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 17, 3, m=5))
+    x[0, 3, 1] = 1e25
+    options = {"epsilon": 0.3, "max_iter": enough(backend, 100, 2), "debias": False, "backend": backend}
+    loss = sinkhorn_divergence(x, y, **options)
+    assert loss[0].isnan() and loss[1].isfinite()
 
 
 def test_no_samples(backend):
@@ -439,6 +528,17 @@ def test_no_samples(backend):
     assert torch.equal(apply_plan(x, y[:, :0], y[:, :0], backend=backend), torch.zeros_like(x))
     extra = tuple(torch.ones(*sizes, device=x.device) for sizes in ((0, 5), (0, 0), (5, 5)))
     assert not sinkhorn_divergence(none, y, extra_cost=extra, backend=backend).any()
+
+
+@with_triton
+@pytest.mark.parametrize("reach", [None, 1.2])
+def test_a_problem_without_mass(backend, reach):
+    """On one side, on the other; beside one that has mass on both."""
+    x, y = samples(3, 5, 3, m=4)
+    a, b = some_weights(3, 5), some_weights(3, 4, seed=2)
+    a[0], b[1] = 0, 0
+    options = {"epsilon": 0.3, "reach": reach, "x_weights": a, "y_weights": b}
+    compare(backend, {"x": x, "y": y, **options, "max_iter": enough(backend, 100, 3)})
 
 
 @pytest.mark.parametrize("absent", ["samples", "weight"])
@@ -577,6 +677,20 @@ def test_tol(backend):
     assert (plan.sum(-1) - 1 / 12).abs().max() < 1e-6
 
 
+@with_triton
+@pytest.mark.parametrize("debias", [True, False])
+def test_tol_stops_each_problem_for_itself(backend, debias):
+    """Where the reference stops; and not after all iterations."""
+    x, y = samples(2, 6, 3, m=5)
+    x[1], y[1] = 3 * x[1], 3 * y[1]
+    arguments = {"x": x, "y": y, "epsilon": 0.5, "max_iter": 16, "tol": 0.05, "debias": debias}
+    compare(backend, arguments)
+    stopped, not_stopped = (
+        sinkhorn_divergence_reference(**{**arguments, "tol": tol}) for tol in (0.05, None)
+    )
+    assert ((stopped - not_stopped).abs() > 1e-4).all()
+
+
 def test_backward_twice(backend):
     x, y = (z.to(device_of(backend), torch.float32).requires_grad_() for z in samples(2, 6, 4, m=5))
     loss = sinkhorn_divergence(x, y, epsilon=0.2, backend=backend)
@@ -588,8 +702,22 @@ def test_backward_twice(backend):
         assert torch.equal(a, b) and torch.equal(c, factor * b)
 
 
-@pytest.mark.parametrize("wanted", [("x",), ("y",), ("x_weights",), ("extra_cost",), ("y", "y_weights")])
-@pytest.mark.parametrize("debias", [True, False])
+SUBSETS = [
+    (backend, wanted, debias)
+    for backend in BACKENDS
+    for wanted in (("x",), ("y",), ("x_weights",), ("extra_cost",), ("y", "y_weights"))
+    for debias in (True, False)
+]
+if not GPU:
+    SUBSETS += [
+        ("triton", ("y",), True),
+        ("triton", ("x_weights",), True),
+        ("triton", ("extra_cost",), False),
+        ("triton", ("y_weights",), False),
+    ]
+
+
+@pytest.mark.parametrize(("backend", "wanted", "debias"), SUBSETS, indirect=["backend"])
 def test_gradients_of_some(backend, wanted, debias):
     x, y = samples(2, 6, 4, m=5)
     extra = tuple(torch.rand(2, *s, dtype=torch.float64) for s in ((6, 5), (6, 6), (5, 5)))
@@ -601,6 +729,7 @@ def test_gradients_of_some(backend, wanted, debias):
             (z + z.mT if z.shape[-1] == z.shape[-2] else z).to(device_of(backend)) for z in extra
         ),
         "epsilon": 0.2,
+        "max_iter": enough(backend, 100, 2),
         "debias": debias,
     }
     if not debias:
@@ -634,11 +763,17 @@ def test_no_gradient_is_no_graph(backend):
     assert not sinkhorn_plan(x, y, backend=backend).requires_grad
 
 
+@with_triton
 def test_apply_plan_has_the_gradient_of_v(backend):
     x, y = (z.to(device_of(backend), torch.float32) for z in samples(2, 6, 3, m=5))
     v = torch.randn(2, 5, 4, device=x.device, requires_grad=True)
     extra = torch.rand(2, 6, 5, device=x.device)
-    options = {"epsilon": 0.3, "extra_cost": extra, "backend": backend}
+    options = {
+        "epsilon": 0.3,
+        "max_iter": enough(backend, 100),
+        "extra_cost": extra,
+        "backend": backend,
+    }
     plan = sinkhorn_plan(x, y, **options)
     out = apply_plan(x, y, v, **options)
     upstream = torch.randn_like(out)
@@ -802,7 +937,6 @@ BAD = [
     ),
     ({"labels": torch.zeros(4).long()}, ValueError, "the same samples, got n 4 and m 5"),
     ({"backend": "nonesuch"}, ValueError, "backend must be None or one of"),
-    ({"backend": "triton"}, ValueError, "has no backend 'triton'"),
 ]
 
 
@@ -874,6 +1008,12 @@ def test_cuda_has_problems_that_fit_into_shared_memory(request):
         sinkhorn_divergence(x, y, backend="cuda", **options)
     assert sinkhorn_divergence(x, y, debias=False, backend="cuda", **options).isfinite()
     assert sinkhorn_divergence(x, y, **options).isfinite()
+
+
+def test_triton_has_no_float64(request):
+    x, y = (z.to(device_of(_ready("triton", request))) for z in samples(1, 5, 3))
+    with pytest.raises(TypeError, match="backend 'triton' takes float32, float16, bfloat16; x is float64"):
+        sinkhorn_divergence(x, y, backend="triton")
 
 
 @pytest.mark.parametrize(("n", "m", "problems"), [(300, 270, 1), (129, 513, 1), (40, 30, 7)])

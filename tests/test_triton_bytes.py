@@ -23,6 +23,7 @@ from kdkernels._triton import mmd as triton_mmd
 from kdkernels._triton import multi_teacher_kl_div as triton_multi_teacher
 from kdkernels._triton import pool_mse as triton_pool_mse
 from kdkernels._triton import scale_rows as triton_scale_rows
+from kdkernels._triton import sinkhorn as triton_sinkhorn
 from kdkernels._triton import sliced_wasserstein as triton_sliced
 from kdkernels._triton import topk_kl_div as triton_topk
 
@@ -556,6 +557,56 @@ def test_mmd(
     assert traffic.launches == (5 if mean_distance else 3)
     assert (loss > 0).all()
     assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in outputs)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "iterations", "cost", "debias", "extra", "grads", "plans"),
+    [
+        (40, 70, 2, "euclidean", True, False, ("grad_x", "grad_y"), 0),
+        (70, 40, 1, "cosine", True, True, ("grad_y",), 3),
+        # Those after the 16th may alternate.
+        (20, 17, 18, "sqeuclidean", False, True, (), 1),
+    ],
+)
+def test_sinkhorn(
+    n: int,
+    m: int,
+    iterations: int,
+    cost: str,
+    debias: bool,
+    extra: bool,
+    grads: tuple[str, ...],
+    plans: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Samples as often as there are iterations, and nothing of the size of the pairs but what is given or asked for."""
+    tile = triton_sinkhorn.Tile(32, 32, 16, 64, 8)
+    monkeypatch.setattr(triton_sinkhorn, "tile", lambda *sizes, extra: tile)
+    features, generator = 140, torch.Generator().manual_seed(n)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.full((1, *shape), float("nan"))
+
+    x, y = (torch.randn(1, k, features, generator=generator) / features**0.5 for k in (n, m))
+    a, b = (torch.full((1, k), 1 / k) for k in (n, m))
+    shapes = ((n, m), (n, n), (m, m))[: 3 if debias else 1]
+    added = [torch.rand(1, *shape, generator=generator) for shape in shapes] if extra else []
+    own = [new(n), new(m)] if debias else [None, None]
+    outputs = [new(*z.shape[1:]) if k in grads else None for k, z in (("grad_x", x), ("grad_y", y))]
+    found = [new(*shape) for shape in shapes[:plans]]
+    loss = torch.full((1,), float("nan"))
+    options = (cost, 0.5, float("inf"), iterations, -1.0, debias)
+    with count_traffic() as traffic:
+        triton_sinkhorn.sinkhorn(
+            x, y, a, b, added, *options, loss, new(n), new(m), *own, *outputs, None, None, found
+        )
+    claimed = triton_sinkhorn.bytes_moved(
+        *(1, n, m, features, iterations), cost=cost, debias=debias, extra=extra, grads=grads, plans=plans
+    )
+    assert claimed < traffic.total <= 1.05 * claimed
+    assert traffic.launches == 5 + iterations + max(iterations - 16, 0) + plans
+    assert loss.isfinite().all() and (loss != 0).all()
+    assert all(z is None or (z.isfinite().all() and (z != 0).any()) for z in (*outputs, *found))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

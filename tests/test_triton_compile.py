@@ -156,7 +156,7 @@ def cases(target: str) -> list[dict[str, Any]]:
         ),
         *(case("mmd", "float32", 512, [], samples=samples, of=DISTANCE) for samples in (128, 8192)),
         *(
-            case("mmd", dtype, features, [], samples=128, of=0, stage="mmd_prepare_kernel")
+            case("mmd", dtype, features, [], samples=128, of=0, stage="prepare_samples_kernel")
             for dtype in DTYPES
             for features in (100, 512)
         ),
@@ -198,6 +198,38 @@ def cases(target: str) -> list[dict[str, Any]]:
                 (4096, ["y_weights"], 2.0, "sort_kernel"),
                 (8192, ["x_weights"], 2.0, "sum_weights_kernel"),
             )
+        ),
+        # Few rows to a program, more and most; then all that costs, masses and early stops add.
+        *(
+            case("sinkhorn", "float32", 512, ["grad_x", "grad_y"], samples=samples, cost=cost, stage=stage)
+            for stage in ("sinkhorn_step_kernel", "sinkhorn_gradient_kernel")
+            for samples, cost in ((128, "sqeuclidean"), (2048, "cosine"), (8192, "euclidean"))
+        ),
+        *(
+            case("sinkhorn", "float32", 512, [*grads, "extra"], samples=8192, cost="euclidean", stage=stage)
+            for stage, grads in (
+                ("sinkhorn_largest_kernel", []),
+                ("sinkhorn_schedule_kernel", []),
+                ("sinkhorn_step_kernel", []),
+                ("sinkhorn_stop_kernel", []),
+                ("sinkhorn_finish_kernel", []),
+                ("sinkhorn_gradient_kernel", ["grad_a"]),
+                ("sinkhorn_gradient_kernel", ["grad_x", "grad_y", "grad_a", "grad_b"]),
+                ("sinkhorn_plan_kernel", []),
+            )
+        ),
+        *(
+            case(
+                "sinkhorn",
+                "float32",
+                512,
+                ["grad_x", "extra"],
+                samples=128,
+                cost="sqeuclidean",
+                debias=False,
+                stage=f"sinkhorn_{stage}_kernel",
+            )
+            for stage in ("largest", "schedule", "step", "stop", "finish", "gradient", "plan")
         ),
         *(case("kl_div", dtype, classes, MAIN) for dtype in DTYPES for classes in CLASSES),
         *(case("kl_div", "float32", classes, OUTPUTS + ROW_INPUTS) for classes in (100, 8192, 32000)),
@@ -357,6 +389,17 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         weights = [x[:, 0].contiguous() if key in tensors else None for key in ("x_weights", "y_weights")]
         grads = [x if key in tensors else None for key in ("grad_x", "grad_y")]
         arguments = (x, x, *weights, options["p"], x[..., 0].contiguous(), *grads)
+    elif case["kernel"] == "sinkhorn":
+        name, samples = options["stage"], options["samples"]
+        x = torch.empty(2, samples, case["classes"], device="meta")
+        each, pairs = x[..., 0].contiguous(), x.new_empty(2, samples, samples)
+        debias = options.get("debias", True)
+        extra, tol = ([pairs] * (3 if debias else 1), 1e-3) if "extra" in tensors else ([], -1.0)
+        own = [each if debias else None] * 2
+        of_sides = {"grad_x": x, "grad_y": x, "grad_a": each, "grad_b": each}
+        grads = [z if key in tensors else None for key, z in of_sides.items()]
+        arguments = (x, x, each, each, extra, options["cost"], 0.1, math.inf, 20, tol, debias)
+        arguments += (row, each, each, *own, *grads, extra)
     elif case["kernel"] == "linear_loss":
         rows, widths = options["rows"], (512, 512 if "one_head" in options else 2048)
         row = torch.empty(rows, device="meta")
@@ -402,8 +445,10 @@ def accesses(case: dict[str, Any], streamed: bool) -> tuple[int, int]:
     if kernel == "mmd":
         if "stage" in options:
             # Both sides, and the samples that their centre is made of.
-            return (4, 2) if options["stage"] == "mmd_prepare_kernel" else (0, 0)
+            return (4, 2) if options["stage"] == "prepare_samples_kernel" else (0, 0)
         return 0, len({"grad_x", "grad_y"} & set(tensors))
+    if kernel == "sinkhorn":
+        return 0, len({"grad_x", "grad_y"} & set(tensors)) if "gradient" in options["stage"] else 0
     if kernel == "gaussian":
         grads = len({"grad_x", "grad_y"} & set(tensors))
         if options["samples"] == 128:

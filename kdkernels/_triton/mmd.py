@@ -26,6 +26,14 @@ import triton.language as tl
 
 from kdkernels._triton.classes import classes_of
 from kdkernels._triton.rows import LOG2E
+from kdkernels._triton.samples import (
+    BLOCK_FEATURES,
+    BLOCK_SAMPLES,
+    NEAR,
+    OF_CENTRE,
+    load_rows,
+    prepare_samples_kernel,
+)
 
 # MmdKernel in csrc/kdkernels.h; the last is the mean distance's.
 RBF = tl.constexpr(0)
@@ -36,16 +44,11 @@ ENERGY = tl.constexpr(4)
 DISTANCE = tl.constexpr(5)
 LN2 = tl.constexpr(math.log(2))
 LARGEST = tl.constexpr(3.4028234663852886e38)
-# A pair is differenced where its squared distance is below this share of |a|^2 + |b|^2, whose rounding is 64 times as
-# large beside it,
-NEAR = tl.constexpr(1 / 64)
-# but not where |a|^2 + |b|^2 is below so many squared bandwidths of a kernel that is smooth at 0: rounding moves its
-# value by 8 eps at most there.
+# No pair is differenced where |a|^2 + |b|^2 is below so many squared bandwidths of a kernel that is smooth at 0:
+# rounding moves its value by 8 eps at most there.
 SMOOTH = tl.constexpr(16)
-# Samples of a batch that the centre is made of; any point near them would do.
-OF_CENTRE = 16
-# Samples and features that a step of the copy takes, and samples that one over weights does.
-BLOCK_SAMPLES, BLOCK_FEATURES, BLOCK_SHARES = 16, 64, 1024
+# Samples that a step over weights takes.
+BLOCK_SHARES = 1024
 
 
 class Tile(NamedTuple):
@@ -108,98 +111,6 @@ def bytes_moved(
         return rows * depth * 4 + gradients
 
     return problems * (moved + pairs(grads) + (pairs(()) if mean_distance else 0))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "x_problem_stride",
-        "x_stride",
-        "y_problem_stride",
-        "y_stride",
-        "x_samples",
-        "y_samples",
-        "features",
-        "depth",
-    ]
-)
-def mmd_prepare_kernel(
-    x_ptr,  # (problems, x_samples, features)
-    y_ptr,  # (problems, y_samples, features)
-    order_ptr,  # (problems, x_samples) int64, the samples of each class after those of the one before; or None
-    z_ptr,  # (problems, x_samples + y_samples, depth) float32: less the centre, 0 beyond the features
-    squares_ptr,  # (problems, x_samples + y_samples) float32: |z|^2
-    differs_ptr,  # (problems, x_samples) bool: whether x has another sample than y
-    x_problem_stride,
-    x_stride,
-    y_problem_stride,
-    y_stride,
-    x_samples,
-    y_samples,
-    features,
-    depth,
-    CENTRED: tl.constexpr,
-    OF_CENTRE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    # The compiler cannot see that rows start and end on 16 bytes unless the multiplication is in sight.
-    x_stride = (x_stride // VECTOR) * VECTOR
-    y_stride = (y_stride // VECTOR) * VECTOR
-    x_problem_stride = (x_problem_stride // VECTOR) * VECTOR
-    y_problem_stride = (y_problem_stride // VECTOR) * VECTOR
-    features = (features // VECTOR) * VECTOR
-    depth = (depth // 16) * 16
-    blocks = (tl.maximum(x_samples, y_samples) + BLOCK_N - 1) // BLOCK_N
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_x = i < x_samples
-    in_y = i < y_samples
-    row = i.to(tl.int64)
-    if order_ptr is not None:
-        row = tl.load(order_ptr + problem * x_samples + i, mask=in_x, other=0)
-    x_ptr += problem * x_problem_stride
-    y_ptr += problem * y_problem_stride
-    to = problem * (x_samples + y_samples) + i
-    of_centre = tl.arange(0, OF_CENTRE)
-    x_of = of_centre * ((x_samples + OF_CENTRE - 1) // OF_CENTRE)
-    y_of = of_centre * ((y_samples + OF_CENTRE - 1) // OF_CENTRE)
-    x_there = x_of < x_samples
-    y_there = y_of < y_samples
-    taken = tl.sum(x_there.to(tl.float32) + y_there.to(tl.float32), 0)
-
-    x_squares = tl.zeros((BLOCK_N,), tl.float32)
-    y_squares = tl.zeros((BLOCK_N,), tl.float32)
-    differs = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, depth, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        inside = (column < features)[None, :]
-        x_mask = in_x[:, None] & inside
-        y_mask = in_y[:, None] & inside
-        x = tl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=x_mask, other=0.0).to(
-            tl.float32
-        )
-        y = tl.load(y_ptr + (row[:, None] * y_stride + column[None, :]), mask=y_mask, other=0.0).to(
-            tl.float32
-        )
-        differs = tl.maximum(differs, tl.max((x != y).to(tl.int32), 1))
-        if CENTRED:
-            x_some = x_ptr + (x_of.to(tl.int64)[:, None] * x_stride + column[None, :])
-            y_some = y_ptr + (y_of.to(tl.int64)[:, None] * y_stride + column[None, :])
-            some = tl.load(x_some, mask=x_there[:, None] & inside, other=0.0).to(tl.float32)
-            some += tl.load(y_some, mask=y_there[:, None] & inside, other=0.0).to(tl.float32)
-            centre = tl.sum(some, 0)[None, :] / taken
-            x = tl.where(x_mask, x - centre, 0.0)
-            y = tl.where(y_mask, y - centre, 0.0)
-        x_squares += tl.sum(x * x, 1)
-        y_squares += tl.sum(y * y, 1)
-        held = (column < depth)[None, :]
-        here = z_ptr + (to[:, None] * depth + column[None, :])
-        tl.store(here, x, mask=in_x[:, None] & held)
-        tl.store(here + x_samples.to(tl.int64) * depth, y, mask=in_y[:, None] & held)
-    tl.store(squares_ptr + to, x_squares, mask=in_x)
-    tl.store(squares_ptr + to + x_samples, y_squares, mask=in_y)
-    tl.store(differs_ptr + problem * x_samples + i, differs != 0, mask=in_x)
 
 
 @triton.jit
@@ -427,18 +338,6 @@ def _evaluate(
 
 
 @triton.jit
-def _load_rows(
-    z_ptr,  # (.., depth) float32
-    row,  # (BLOCK,)
-    exists,  # (BLOCK,)
-    column,  # (BLOCK_K,)
-    depth,
-):
-    mask = exists[:, None] & (column < depth)[None, :]
-    return tl.load(z_ptr + (row[:, None] * depth + column[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
 def _store_rows(
     to_ptr,  # (.., width)
     row,  # (BLOCK_M,)
@@ -563,8 +462,8 @@ def mmd_pairs_kernel(
         column = tl.where(across, other_first, own_first) + j
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, depth, BLOCK_K):
-            a = _load_rows(z_ptr, row, exists, k + block_k, depth)
-            b = _load_rows(z_ptr, column, there, k + block_k, depth)
+            a = load_rows(z_ptr, row, exists, k + block_k, depth)
+            b = load_rows(z_ptr, column, there, k + block_k, depth)
             products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
 
         same = (i[:, None] == j[None, :]) & (across == 0)
@@ -599,7 +498,7 @@ def mmd_pairs_kernel(
                 squared = tl.zeros((BLOCK_M,), tl.float32)
                 for k in range(0, depth, BLOCK_K):
                     b = tl.load(other_ptr + k + block_k, mask=k + block_k < depth, other=0.0)
-                    away = _load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
+                    away = load_rows(z_ptr, row, exists, k + block_k, depth) - b[None, :]
                     squared += tl.sum(away * away, 1)
                 value, slope = _evaluate(squared[:, None], bandwidth_ptr, exists_2d, count, KERNEL)
                 total += of_value * share * tl.sum(value, 1)
@@ -607,11 +506,11 @@ def mmd_pairs_kernel(
                     c = (of_slope * share)[:, None] * slope
                     for f in range(0, part, BLOCK_D):
                         b = tl.load(other_ptr + feature + f, mask=feature + f < depth, other=0.0)
-                        away = _load_rows(z_ptr, row, exists, feature + f, depth) - b[None, :]
+                        away = load_rows(z_ptr, row, exists, feature + f, depth) - b[None, :]
                         if sums_ptr is not None:
                             # Other threads may have stored these sums.
                             tl.debug_barrier()
-                            grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
+                            grad = load_rows(sums_ptr, row, exists, feature + f, depth)
                         # The gradient is the slopes' sum times z, less `grad`.
                         grad -= c * away
                         if sums_ptr is not None:
@@ -626,10 +525,10 @@ def mmd_pairs_kernel(
             c = of_slope[:, None] * tl.where(weight > 0.0, weight * slope, 0.0)
             slopes += tl.sum(c, 1)
             for f in range(0, part, BLOCK_D):
-                b = _load_rows(z_ptr, column, there, feature + f, depth)
+                b = load_rows(z_ptr, column, there, feature + f, depth)
                 if sums_ptr is not None:
                     tl.debug_barrier()
-                    grad = _load_rows(sums_ptr, row, exists, feature + f, depth)
+                    grad = load_rows(sums_ptr, row, exists, feature + f, depth)
                 grad = tl.dot(c, b, grad, input_precision="ieee")
                 if sums_ptr is not None:
                     _store_rows(sums_ptr, row, exists, feature + f, depth, grad)
@@ -644,11 +543,11 @@ def mmd_pairs_kernel(
             column = feature + f
             if sums_ptr is not None:
                 tl.debug_barrier()
-                grad = _load_rows(sums_ptr, row, exists, column, depth)
+                grad = load_rows(sums_ptr, row, exists, column, depth)
             if KERNEL == POLYNOMIAL:
                 of_rows = 2.0 * grad
             else:
-                z = _load_rows(z_ptr, row, exists, column, depth)
+                z = load_rows(z_ptr, row, exists, column, depth)
                 of_rows = 4.0 * (slopes[:, None] * z - grad)
             if GRAD_X:
                 _store_rows(grad_x_ptr, to, exists & (of_y == 0), column, features, of_rows)
@@ -687,7 +586,7 @@ def mmd(
         squares, shares, rows = (loss.new_empty(problems, n + m) for _ in range(3))
         own = torch.empty_like(shares) if unbiased else None
         differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
-        mmd_prepare_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
+        prepare_samples_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
             x,
             y,
             order,

@@ -542,13 +542,13 @@ def _resolve(backend: str | None, x: Tensor, y: Tensor, debias: bool) -> str:
         properties = torch.cuda.get_device_properties(x.device)
         there = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     if needed <= there:
-        return resolve(backend, x, "x", has=("reference", "cpu", "cuda"))
+        return resolve(backend, x, "x", has=("reference", "cpu", "triton", "cuda"))
     if backend == "cuda":
         raise ValueError(
             f"backend 'cuda' has problems whose costs fit into {there} bytes of shared memory; n = {n} and m = {m} "
             f"take {needed}"
         )
-    return resolve(backend, x, "x", has=("reference", "cpu"))
+    return resolve(backend, x, "x", has=("reference", "cpu", "triton"))
 
 
 def check_positive(value: Any, name: str) -> None:
@@ -638,7 +638,8 @@ def sinkhorn_divergence(
         max_iter: iterations, each of which updates both potentials. The first ones lower ε from the largest cost,
             halving it. Without ``tol`` there are always that many, and no GPU is waited for.
         tol: stop (each problem for itself) once no potential changes by more than that in an iteration, in the
-            units of the cost; looked at in every fourth one. The reference waits for a GPU to find that out.
+            units of the cost; looked at in every fourth one. The reference waits for a GPU to find that
+            out; "triton" starts all iterations, and those after the last that is needed do nothing.
         debias: as above.
         reach: as above; None: the marginals are a and b.
         x_weights, y_weights: floating (..., n) and (..., m), ≥ 0, differentiable. Without ``reach`` they are divided
@@ -651,7 +652,8 @@ def sinkhorn_divergence(
         extra_cost: floating (..., n, m), or (n, m) for all problems: added to the cost, differentiable (the
             gradient is the plan). Debiased, a tuple of three: for x and y, x and x (symmetric), y and y (symmetric).
             Finite; not taken with ``labels``.
-        backend: "reference", "cpu" or "cuda" (while a problem fits into a multiprocessor's memory); None takes the
+        backend: "reference", "cpu", "triton" (not float64) or "cuda" (not float64, and while a problem fits into a
+            multiprocessor's memory; one launch, where "triton" has one or two for each iteration); None takes the
             best that there is. A named one is obeyed or raises.
 
     Returns:
