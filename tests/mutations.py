@@ -335,7 +335,7 @@ MUTATIONS = [
     Mutation("distances cpu: samples without weight counted", CPU_CLASSES, "if (weight == 0) continue;", "", distance("features", "(coral or mmd) and cpu")),
     Mutation("coral cpu: last columns not centred", CPU_CORAL, "share_out(d, kColumns, threads,", "share_out(d - 1, kColumns, threads,", distance("coral", "formula")),
     Mutation("coral cpu: unsymmetric", CPU_CORAL, "S(0.5) * (cross[i * stride + j] + cross[j * stride + i])", "cross[i * stride + j]", distance("coral", "formula")),
-    Mutation("distances: float16's gradients rounded before a loss scale", OP_NATIVE, "of_x = gradients[0].view(x.shape).to(x.dtype)", "of_x = gradients[0].div_(upstream).to(x.dtype).mul_(upstream).view(x.shape)", distance("features", "loss_scale")),
+    Mutation("distances: float16's gradients rounded before a loss scale", OP_NATIVE, "of_x = _shaped(gradients[0], x.shape).to(x.dtype)", "of_x = _shaped(gradients[0], x.shape).div_(upstream).to(x.dtype).mul_(upstream)", distance("features", "loss_scale")),
     Mutation("coral: ddof 0", OP_CORAL, "1 / max(n - 1, 1) ** 0.5", "1 / max(n, 1) ** 0.5", grid("reference", "formula", op="coral")),
     Mutation("coral triton: ddof 0", TRITON_CORAL, "max(n - 1, 1) ** -0.5", "max(n, 1) ** -0.5", grid("triton", "formula", op="coral")),
     Mutation("coral triton: last samples skipped", TRITON_CORAL, "exists = i < samples", "exists = i < samples - 1", grid("triton", "formula", op="coral")),
