@@ -468,6 +468,8 @@ void scale_rows(const ScaleRowsParams& params, int threads);
 void sinkhorn(const SinkhornParams& params, int threads);
 void sliced_wasserstein(const SlicedWassersteinParams& params, int threads);
 void small_linear_loss(const SmallLinearLossParams& params, int threads);
+// out = the sum of so many values, summed in float64; both float32 or float64.
+void sum_of_rows(DType dtype, const void* rows, int64_t count, void* out);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0 is success); `stream` is a cudaStream_t. float64 is not taken.

@@ -778,6 +778,19 @@ def holds_label(labels: Tensor, label: int) -> bool | None:
     return bool(_C.cpu_count_labels(labels, labels.numel(), label))
 
 
+def sum_of_rows(rows: Tensor, backend: str) -> Tensor:  # (M,) contiguous, float32 or float64 -> ()
+    """The sum of a kernel's rows, which has no graph.
+
+    With caches that a training step has left cold, torch takes longer to find its way to a sum than a small batch's
+    kernel takes.
+    """
+    if backend != "cpu" or _C is None or not unobserved(rows):
+        return rows.sum()
+    out = torch.empty((), dtype=rows.dtype)
+    _C.cpu_sum_of_rows(_DTYPE_CODE[rows.dtype], rows, rows.numel(), out)
+    return out
+
+
 def launcher(backend: str, name: str) -> Callable[..., None]:
     """The function of `backend` that runs the kernel `name`."""
     return _LAUNCHERS[backend, name]

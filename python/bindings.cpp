@@ -454,6 +454,9 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_sinkhorn", sinkhorn_params, cpu::sinkhorn);
   bind_cpu(m, "cpu_sliced_wasserstein", sliced_wasserstein_params, cpu::sliced_wasserstein);
   bind_cpu(m, "cpu_small_linear_loss", small_linear_loss_params, cpu::small_linear_loss);
+  m.def("cpu_sum_of_rows", [](int dtype, Address rows, int64_t count, Address out) {
+    cpu::sum_of_rows(static_cast<DType>(dtype), rows, count, out);
+  });
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
   bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);

@@ -117,6 +117,7 @@ MUTATIONS = [
     Mutation("cpu: later blocks on the first one's scale", CPU_ROW, "sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;", "", grid("cpu", "mass")),
     Mutation("cpu: a bad guess kept", CPU_ROW, "exp_y < 0.02 || exp_y > 50", "false", grid("cpu", "mass")),
     Mutation("cpu: P = 0 taken for the least float", CPU_ROW, "return least > kLeastExp2 &&", "return", grid("cpu", "minus")),
+    Mutation("cpu: the last row's loss left out of the sum", "csrc/cpu/sum_of_rows.cpp", "i < count; ++i", "i < count - 1; ++i", grid("cpu")),
     Mutation("cpu: scale_rows does nothing", "csrc/cpu/scale_rows.cpp", "if (scale == S(1)) continue;", "continue;", grid("cpu", "twice")),
     Mutation("both natives: series sign", "csrc/math.h", "second_order_ratio(x) - x);", "second_order_ratio(x) + x);", grid("cuda")),
     Mutation("cuda: mask ignored", CUDA, "params.mask != nullptr &&", "false &&", grid("cuda")),

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.divergences import KL, REVERSE_KL, Spec, kl_rows
 from kdkernels.ops.logit_loss import logit_loss
 from kdkernels.ops.module import LossModule
@@ -173,7 +173,7 @@ class _KLDiv(torch.autograd.Function):
         )
         if late_scale is not None:
             rows = rows * late_scale
-        return rows if reduction == "none" else rows.sum()
+        return rows if reduction == "none" else sum_of_rows(rows, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
@@ -355,7 +355,7 @@ def kl_div(
         temperatures = split_temperatures(input_temperature, target_temperature)
         [loss] = run_kl_div(True, input, target, *temperatures, row_scale, scale, mask, NOTHING, backend)
         if reduction != "none":
-            loss = loss.sum()
+            loss = sum_of_rows(loss, backend)
     return loss.view(rows) if reduction == "none" else loss
 
 

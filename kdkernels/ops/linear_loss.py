@@ -37,7 +37,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, full_precision, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import (
+    LIBRARY,
+    full_precision,
+    launcher,
+    resolve,
+    statistics_dtype,
+    sum_of_rows,
+    unobserved,
+)
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import (
     KL,
@@ -875,7 +883,7 @@ class _LinearLoss(torch.autograd.Function):
         if terms is not None:
             terms = terms if options.reduction == "none" else terms.sum(1)
             ctx.mark_non_differentiable(terms)
-        return (rows if options.reduction == "none" else rows.sum()), terms
+        return (rows if options.reduction == "none" else sum_of_rows(rows, options.backend)), terms
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # () or (M,)
@@ -1103,7 +1111,7 @@ def linear_loss(
             loss, *rest = _run(True, call)
             terms = rest[0] if with_terms else None
             if reduction != "none":
-                loss = loss.sum()
+                loss = sum_of_rows(loss, options.backend)
                 terms = None if terms is None else terms.sum(1)
     if reduction == "none":
         loss = loss.view(shape)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.divergences import (
     NONE,
     NORMALIZED,
@@ -300,7 +300,7 @@ class _LogitLoss(torch.autograd.Function):
         if terms is not None:
             terms = terms if reduction == "none" else terms.sum(1)
             ctx.mark_non_differentiable(terms)
-        return (rows if reduction == "none" else rows.sum()), terms
+        return (rows if reduction == "none" else sum_of_rows(rows, backend)), terms
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # () or (M,)
@@ -471,7 +471,7 @@ def logit_loss(
         )
         terms = rest[0] if with_terms else None
         if reduction != "none":
-            loss = loss.sum()
+            loss = sum_of_rows(loss, backend)
             terms = None if terms is None else terms.sum(1)
     if reduction == "none":
         loss = loss.view(shape)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.kl_div import kl_div_reference, run_kl_div
 from kdkernels.ops.rows import (
     as_matrix,
@@ -164,7 +164,7 @@ class _MultiTeacherKLDiv(torch.autograd.Function):
         ctx.gradient = others[-1] if wanted[1] else None
         ctx.arguments = (temperature_values, weight_values, reduction, backend)
         ctx.save_for_backward(input, temperature, weight, teacher_mask, mask, losses, *targets)
-        loss = rows if reduction == "none" else rows.sum()
+        loss = rows if reduction == "none" else sum_of_rows(rows, backend)
         if not with_terms:
             return loss
         ctx.mark_non_differentiable(losses)
@@ -363,7 +363,7 @@ def multi_teacher_kl_div(
         )
         losses = found[0] if return_terms else None
         if reduction != "none":
-            loss = loss.sum()
+            loss = sum_of_rows(loss, backend)
     if reduction == "none":
         loss = loss.view(rows)
     if losses is None:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -210,7 +210,7 @@ class _TopkKLDiv(torch.autograd.Function):
         ctx.save_for_backward(
             input, log_probs, None if ctx.temperature else temperature, row_scale, indices, mask
         )
-        return rows if reduction == "none" else rows.sum()
+        return rows if reduction == "none" else sum_of_rows(rows, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # () or (M,)
@@ -385,7 +385,7 @@ def topk_kl_div(
             backend,
         )
         if reduction != "none":
-            loss = loss.sum()
+            loss = sum_of_rows(loss, backend)
     return loss.view(rows) if reduction == "none" else loss
 
 
