@@ -45,7 +45,7 @@ CPU_SINKHORN, CUDA_SINKHORN = "csrc/cpu/sinkhorn.cpp", "csrc/cuda/sinkhorn.cu"
 OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 CPU_CORAL, SMALL = "csrc/cpu/coral.cpp", "csrc/cpu/small_linear_loss.cpp"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
-CPU_CLASSES = "csrc/cpu/classes.h"
+CPU_CLASSES, BF16 = "csrc/cpu/classes.h", "csrc/cpu/bf16_linear.cpp"
 OP_NATIVE = "kdkernels/ops/native_distance.py"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
@@ -258,6 +258,12 @@ MUTATIONS = [
     Mutation("linear: autocast not followed", LINEAR, "return [cast.get(id(x), x) for x in tensors]", "return list(tensors)", linear("cpu", "autocast")),
     Mutation("linear: chunks longer than the most", LINEAR, "most = most // step * step", "most += 0", "tests/test_linear_loss.py -k plan"),
     Mutation("linear: float16's gradients rounded before a loss scale", PROJECTION, "if x.dtype == torch.float16 or (", "if (", linear("cpu", "loss_scale")),
+    Mutation("linear bf16: a tile's last pairs skipped", BF16, "p < pairs; p += kTile", "p < pairs - kTile; p += kTile", "tests/test_linear_loss.py -k product_of_bfloat16"),
+    Mutation("linear bf16: tiles start from nothing", BF16, "if (first && sums == out) {", "if (sums == out) {", "tests/test_linear_loss.py -k product_of_bfloat16"),
+    Mutation("linear bf16: features behind the tiles left out", BF16, "rest(0, tiled, whole);", "", "tests/test_linear_loss.py -k product_of_bfloat16"),
+    Mutation("linear bf16: rows behind the tiles left out", BF16, "rest(tiled, params.rows, 0);", "", "tests/test_linear_loss.py -k product_of_bfloat16"),
+    Mutation("linear bf16: tiles without the bias", BF16, "bias == nullptr ? _mm512_setzero_ps() : widen_bias(bias + kTile * v, lanes)", "_mm512_setzero_ps()", "tests/test_linear_loss.py -k product_of_bfloat16"),
+    Mutation("linear bf16: tiles written over the next columns", BF16, "if (columns < kColumns || (first && bias != nullptr)) {", "if (first && bias != nullptr) {", "tests/test_linear_loss.py -k product_of_bfloat16"),
     Mutation("linear: bfloat16 sums over many chunks", PROJECTION, "chunks > FEW_CHUNKS", "chunks > 10**6", "tests/test_linear_loss.py -k many_chunks"),
     Mutation("linear: a bias's stride ignored", PROJECTION, "None if bias is None else bias.contiguous()", "bias", "tests/test_linear_loss.py -k strides_of"),
     Mutation("linear statistics: without T²", STATISTICS, "factor = spec.soft_weight * (t * t if spec.squared else 1.0)", "factor = spec.soft_weight", linear("cpu", "full_form", "teacher_statistics")),

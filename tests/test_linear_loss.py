@@ -31,6 +31,7 @@ from torch import Tensor
 import kdkernels
 import kdkernels.ops.linear_loss as linear_module
 from kdkernels import distillation_loss, kl_div, linear_distillation_loss, linear_kl_div, topk_kl_div
+from kdkernels.backend import bf16_linear, has_bf16_linear
 from kdkernels.ops import projection
 from kdkernels.ops.distillation_loss import SOFT
 from kdkernels.ops.linear_loss import Plan, plan_linear_loss
@@ -1103,6 +1104,25 @@ def test_a_chunk_is_where_it_should_be(backend):
         loss.backward()
         torch.testing.assert_close(loss.detach(), rows[i].detach())
         torch.testing.assert_close(one["student"].grad[0], a["student"].grad[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not has_bf16_linear(), reason="this CPU does not multiply bfloat16")
+# Tiles of 16 rows, 32 features and 64 classes where the CPU has them; panels of 256 features; and what is left over.
+@pytest.mark.parametrize(("rows", "features"), [(16, 32), (35, 65), (5, 64), (17, 31), (48, 600), (100, 257)])
+@pytest.mark.parametrize("classes", [1, 64, 77, 200])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_of_bfloat16_into_float32(rows, features, classes, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features + 3, generator=generator).bfloat16()[:, :features]
+    weight = torch.randn(classes, features + 1, generator=generator).bfloat16()[:, 1:]
+    bias = torch.randn(classes, generator=generator).bfloat16() if with_bias else None
+    out = torch.full((rows + 1, classes + 2), torch.nan)
+    bf16_linear(x, weight, bias, out[:rows, :classes])
+    truth = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    magnitude = x.double().abs() @ weight.double().abs().T + 1
+    error = ((out[:rows, :classes] - truth).abs() / magnitude).max()
+    assert error < 8 * torch.finfo(torch.float32).eps
+    assert out[rows].isnan().all() and out[:, classes:].isnan().all()  # and nothing beside it
 
 
 def test_many_chunks_of_bfloat16():

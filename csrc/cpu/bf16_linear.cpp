@@ -4,7 +4,8 @@
 // A thread takes panels of kColumns rows of w. A panel is packed, kPairs pairs of features at a
 // time, with the kColumns values of a pair side by side; kRows rows of x meet it in registers, 24
 // sums of 16 columns each, with one broadcast pair of x for four multiplications. A packed panel is
-// 32 KiB: it stays in L1 for all rows of x.
+// 32 KiB: it stays in L1 for all rows of x. Where the CPU has AMX, 16 rows and 32 features at a
+// time meet the same panel in its tiles; what is left over goes the way above.
 #include "../kdkernels.h"
 #include "parallel.h"
 
@@ -16,6 +17,13 @@
 
 #include <cstring>
 #include <vector>
+#if defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define KDK_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 #endif
 
 namespace kdkernels::cpu {
@@ -148,6 +156,110 @@ KDK_TARGET void multiply_rows(int64_t rows, const uint16_t* x, int64_t x_stride,
   }
 }
 
+#ifdef KDK_AMX
+#define KDK_TILES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")))
+
+constexpr int64_t kTile = 16;  // rows, pairs and columns of a tile
+constexpr int64_t kTilesOfPanel = kColumns / kTile;
+static_assert(kTilesOfPanel == 4, "the tiles below are named one by one");
+
+// The CPU has the tiles, and the system lets this process use them.
+bool has_tiles() {
+  static const bool has = [] {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return has;
+}
+
+// GCC's intrinsics do not say that they read and write memory: hence the statements that do.
+
+// What the tiles of a thread look like, until its next release.
+KDK_TILES void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_of_row[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 7; ++i) config.bytes_of_row[i] = 64, config.rows[i] = 16;
+  __asm__ volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+KDK_TILES void release_tiles() { _tile_release(); }
+
+// out[kTile rows][kColumns] (+)= x[kTile rows] times the panel; `pairs` in whole tiles.
+KDK_TILES void multiply_tiles(const uint16_t* x, int64_t x_stride, const uint32_t* panel,
+                              int64_t pairs, const uint16_t* bias, bool first, float* out,
+                              int64_t out_stride, int64_t columns) {
+  // Tiles are loaded and stored whole: what has fewer columns, or starts from a bias, takes a
+  // detour.
+  alignas(64) float buffer[kTile * kColumns];
+  float* sums = out;
+  int64_t stride = out_stride;
+  if (columns < kColumns || (first && bias != nullptr)) {
+    sums = buffer, stride = kColumns;
+    for (int64_t v = 0; v < kTilesOfPanel; ++v) {
+      const __mmask16 lanes = first_lanes(columns - kTile * v);
+      const __m512 start =
+          bias == nullptr ? _mm512_setzero_ps() : widen_bias(bias + kTile * v, lanes);
+      for (int64_t r = 0; r < kTile; ++r) {
+        const float* from = out + r * out_stride + kTile * v;
+        _mm512_store_ps(buffer + r * kColumns + kTile * v,
+                        first ? start : _mm512_maskz_loadu_ps(lanes, from));
+      }
+    }
+  }
+  __asm__ volatile("" ::: "memory");
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+  if (first && sums == out) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, bytes);
+    _tile_loadd(1, sums + kTile, bytes);
+    _tile_loadd(2, sums + 2 * kTile, bytes);
+    _tile_loadd(3, sums + 3 * kTile, bytes);
+  }
+  constexpr int64_t kBytesOfPair = kColumns * static_cast<int64_t>(sizeof(uint32_t));
+  for (int64_t p = 0; p < pairs; p += kTile) {
+    const uint32_t* from = panel + p * kColumns;
+    _tile_loadd(4, x + 2 * p, x_stride * static_cast<int64_t>(sizeof(uint16_t)));
+    _tile_loadd(5, from, kBytesOfPair);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, from + kTile, kBytesOfPair);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, from + 2 * kTile, kBytesOfPair);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, from + 3 * kTile, kBytesOfPair);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  _tile_stored(0, sums, bytes);
+  _tile_stored(1, sums + kTile, bytes);
+  _tile_stored(2, sums + 2 * kTile, bytes);
+  _tile_stored(3, sums + 3 * kTile, bytes);
+  __asm__ volatile("" ::: "memory");
+  if (sums == out) return;
+  for (int64_t v = 0; v < kTilesOfPanel; ++v) {
+    const __mmask16 lanes = first_lanes(columns - kTile * v);
+    for (int64_t r = 0; r < kTile; ++r) {
+      _mm512_mask_storeu_ps(out + r * out_stride + kTile * v, lanes,
+                            _mm512_load_ps(buffer + r * kColumns + kTile * v));
+    }
+  }
+}
+#else
+constexpr int64_t kTile = 16;
+bool has_tiles() { return false; }
+void configure_tiles() {}
+void release_tiles() {}
+void multiply_tiles(const uint16_t*, int64_t, const uint32_t*, int64_t, const uint16_t*, bool,
+                    float*, int64_t, int64_t) {}
+#endif
+
 }  // namespace
 
 bool has_bf16_linear() {
@@ -172,22 +284,38 @@ void bf16_linear(const Bf16LinearParams& params, int threads) {
     x = padded.data();
   }
   const int64_t panels = (params.classes + kColumns - 1) / kColumns;
+  const bool tiles = has_tiles() && params.rows >= kTile;
   const auto run = [&](int64_t begin, int64_t end) {
     alignas(64) uint32_t panel[kPairs * kColumns];
+    if (tiles) configure_tiles();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i * kColumns;
       const int64_t columns = std::min(kColumns, params.classes - column);
       for (int64_t k = 0; k < params.features; k += 2 * kPairs) {
         const int64_t features = std::min(2 * kPairs, params.features - k);
         pack(w + column * params.weight_stride + k, params.weight_stride, columns, features, panel);
-        for (int64_t r = 0; r < params.rows; r += kRows) {
-          multiply_rows(std::min(kRows, params.rows - r), x + r * x_stride + k, x_stride, panel,
-                        (features + 1) / 2, bias == nullptr ? nullptr : bias + column, k == 0,
-                        static_cast<float*>(params.out) + r * params.out_stride + column,
-                        params.out_stride, columns);
+        const uint16_t* start = bias == nullptr ? nullptr : bias + column;
+        float* out = static_cast<float*>(params.out) + column;
+        const int64_t pairs = (features + 1) / 2;
+        // Tiles take so many rows and pairs.
+        const int64_t whole = tiles ? features / (2 * kTile) * kTile : 0;
+        const int64_t tiled = whole > 0 ? params.rows / kTile * kTile : 0;
+        for (int64_t r = 0; r < tiled; r += kTile) {
+          multiply_tiles(x + r * x_stride + k, x_stride, panel, whole, start, k == 0,
+                         out + r * params.out_stride, params.out_stride, columns);
         }
+        const auto rest = [&](int64_t from, int64_t to, int64_t done) {
+          for (int64_t r = from; r < to && done < pairs; r += kRows) {
+            multiply_rows(std::min(kRows, to - r), x + r * x_stride + k + 2 * done, x_stride,
+                          panel + done * kColumns, pairs - done, start, k == 0 && done == 0,
+                          out + r * params.out_stride, params.out_stride, columns);
+          }
+        };
+        rest(0, tiled, whole);
+        rest(tiled, params.rows, 0);
       }
     }
+    if (tiles) release_tiles();
   };
   // 32 multiplications a cycle: so many are about 20 us.
   const int64_t work = std::max<int64_t>(1, params.rows * params.features * kColumns / 128);
