@@ -453,6 +453,7 @@ struct SinkhornParams {
 
 namespace cpu {
 bool has_bf16_linear();
+bool is_intel();
 void bf16_linear(const Bf16LinearParams& params, int threads);
 void coral(const PairParams& params, int threads);
 void gaussian(const GaussianParams& params, int threads);

@@ -797,6 +797,12 @@ def launcher(backend: str, name: str) -> Callable[..., None]:
 
 
 @functools.cache
+def has_fast_blas() -> bool:
+    """Whether the BLAS behind `torch.mm` is MKL on a processor of its maker's; on others it takes slower paths."""
+    return _C is not None and _C.cpu_is_intel() and torch.backends.mkl.is_available()
+
+
+@functools.cache
 def has_bf16_linear() -> bool:
     """Whether this CPU multiplies bfloat16 matrices into float32 (`bf16_linear`)."""
     return _C is not None and _C.cpu_has_bf16_linear()

@@ -441,6 +441,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_kl_div", kl_div_params, cpu::kl_div);
   bind_cpu(m, "cpu_logit_loss", logit_loss_params, cpu::logit_loss);
   m.def("cpu_has_bf16_linear", cpu::has_bf16_linear);
+  m.def("cpu_is_intel", cpu::is_intel);
   bind_cpu(m, "cpu_bf16_linear", bf16_linear_params, cpu::bf16_linear);
   m.def("cpu_count_labels", [](Address labels, int64_t rows, int64_t label) {
     return cpu::count_labels(labels, rows, label);

@@ -113,6 +113,14 @@ void product(int64_t rows, int64_t columns, int64_t depth, const double* a, int6
   any_product(rows, columns, depth, a, a_row, a_step, b, b_stride, c, c_stride);
 }
 
+bool is_intel() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 KDK_CLONES void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t filled,
                           int64_t columns, float* to, int64_t to_stride) {
   transpose_of(from, from_stride, rows, filled, columns, to, to_stride);

@@ -281,7 +281,7 @@ def _takes_tiles(backend: str, kind: int, spec: Spec, scales: Iterable[Scale | N
     )
 
 
-# Multiplications of bfloat16 matrices that half precision's speed makes worth several calls.
+# Multiplications that fast products make worth several calls.
 _FEW = 1 << 23
 
 
@@ -305,7 +305,7 @@ def _is_small(call: Call) -> bool:
         return False
     features = call.input.shape[1] + (0 if call.kind == NO_TEACHER else call.target.shape[1])  # type: ignore[union-attr]
     few = call.input.shape[0] * call.classes * features <= _FEW
-    return few or call.input.dtype != torch.bfloat16 or not projection.native_half(call.input)
+    return few or not projection.fast_products(call.input)
 
 
 def _body(with_loss: bool, *arguments: Any) -> list[Tensor]:  # as in _INPUTS
