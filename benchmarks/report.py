@@ -34,6 +34,8 @@ COLOURS = {
     "compile": "#5f6368",
     "torchdistill": "#a1887f",
     "liger": "#c0a16b",
+    "POT": "#7cb0a8",
+    "geomloss": "#b08aa5",
     "eager, upcast": "#dadce0",
     "floor": "#202124",
     "floor (oneDNN)": "#80868b",
@@ -321,7 +323,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     groups = list(dict.fromkeys((loss_of(c), c["what"]) for c in cells))
     dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
     names = [*BASELINES, *peers_in(cells), *present(cells, FLOORS), *present(cells, BACKENDS)]
-    size = (6.5 * len(dtypes), 0.6 + 2.2 * len(groups))
+    size = (6.5 * len(dtypes), 0.8 + 2.2 * len(groups))
     figure, axes = plt.subplots(len(groups), len(dtypes), figsize=size, squeeze=False)
     for (i, (loss, what)), (j, dtype) in itertools.product(enumerate(groups), enumerate(dtypes)):
         axis = axes[i, j]
@@ -341,8 +343,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.set_ylabel("× better baseline", fontsize=8)
     labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     labels = {name: labels[name] for name in names if name in labels}
-    figure.legend(labels.values(), labels.keys(), ncol=len(labels), loc="upper center", frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / size[1]))
+    columns = min(len(labels), 4 * len(dtypes))  # what the width holds
+    figure.legend(labels.values(), labels.keys(), ncol=columns, loc="upper center", frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / size[1]))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
