@@ -190,7 +190,9 @@ for eight on each multiprocessor. `chunk_rows=` overrides it: fewer rows take le
 
 **Memory**, besides the inputs and the gradients that the call gives: 8 · chunk_rows · N bytes (float32 logits of both
 sides); in half precision 2 · chunk_rows · N more for the logits' gradient, and 4 · N · D for a learnt head's float32
-sums, where there are more than 8 chunks. Nothing of the size M × N.
+sums, where there are more than 8 chunks. Nothing of the size M × N. The CPU's one kernel for calls of few rows and
+classes (one chunk, N ≤ 4096, no mask, cap or logit scale; bfloat16, and on Intel CPUs float32 and float64, up to 8
+million multiplications a product) holds both sides' logits, their gradients and both heads once more.
 """
 
 
