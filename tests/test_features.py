@@ -325,10 +325,7 @@ def test_autocast_leaves_statistics_alone(name, backend):
 ANY = [pair for pair in GRID if pair not in SLOW]
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-@pytest.mark.parametrize(("name", "backend"), ANY, ids=[f"{n}-{b}" for n, b in ANY])
-def test_any_shapes_and_weights(name, backend, data):
+def assert_near_in_any_shape(name, backend, data):
     """Finite, not negative, and near the reference in float64."""
     batch = data.draw(st.lists(st.integers(1, 3), max_size=2), label="batch")
     n, m = data.draw(st.integers(1, 12), label="n"), data.draw(st.integers(1, 12), label="m")
@@ -356,6 +353,23 @@ def test_any_shapes_and_weights(name, backend, data):
     # A variance of what is nearly one sample has few digits, and KL divides by it.
     scale = 200 if name.startswith("gaussian_kl") else 20
     assert_equal_up_to_rounding(got, truth, scale, CASES[name].terms)
+
+
+INTERPRETED = [pair for pair in ANY if pair[1] == "triton"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in ANY if pair not in INTERPRETED])
+def test_any_shapes_and_weights(name, backend, data):
+    assert_near_in_any_shape(name, backend, data)
+
+
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize(("name", "backend"), INTERPRETED)
+def test_any_shapes_and_weights_interpreted(name, backend, data):
+    assert_near_in_any_shape(name, backend, data)
 
 
 @over_cases
