@@ -156,10 +156,11 @@ KDK_TARGET void multiply_rows(int64_t rows, const uint16_t* x, int64_t x_stride,
   }
 }
 
+constexpr int64_t kTile = 16;  // rows, pairs and columns of a tile
+
 #ifdef KDK_AMX
 #define KDK_TILES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")))
 
-constexpr int64_t kTile = 16;  // rows, pairs and columns of a tile
 constexpr int64_t kTilesOfPanel = kColumns / kTile;
 static_assert(kTilesOfPanel == 4, "the tiles below are named one by one");
 
@@ -252,7 +253,6 @@ KDK_TILES void multiply_tiles(const uint16_t* x, int64_t x_stride, const uint32_
   }
 }
 #else
-constexpr int64_t kTile = 16;
 bool has_tiles() { return false; }
 void configure_tiles() {}
 void release_tiles() {}
