@@ -134,6 +134,7 @@ def check_labels(
         )
     if labels.device != student.device:
         raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
+    labels = labels.long()  # first: an ignore_index of -100 is no number of uint8
     counts = None if holds_label(labels, ignore_index) is False else labels != ignore_index
     if look and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (labels < start) | (labels >= start + classes)
@@ -144,7 +145,6 @@ def check_labels(
                 f"labels must be {ignore_index} (ignore_index) or in [{start}, {start + classes}), "
                 f"got {labels[wrong][0].item()}"
             )
-    labels = labels.long()
     return (labels - start if start else labels), counts
 
 
