@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
@@ -71,7 +73,8 @@ def build(
     flags += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     included = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.glob("*.h")]
     headers = b"".join(path.read_bytes() for path in sorted(included))
-    with ThreadPoolExecutor(2) as pool:
+    # The lock: pytest's workers build one thing once.
+    with FileLock(directory / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(lambda s: _compile(s, [*flags, *_flags_for(s)], headers, directory), everything)
         )
