@@ -424,9 +424,13 @@ def record_launch(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         arguments = (matrix, of_k, of_k.long(), None, 2.0, *row_scale, None, options["tail"], *outputs)
 
     module = importlib.import_module(f"kdkernels._triton.{case['kernel']}")
-    kernel = getattr(module, name)
-    launches = {key: mock.MagicMock() for key in vars(module) if key.endswith("_kernel")}
-    with mock.patch.multiple(module, **launches):
+    samples = importlib.import_module("kdkernels._triton.samples")
+    kernels = {key: x for of in (samples, module) for key, x in vars(of).items() if key.endswith("_kernel")}
+    kernel, launches = kernels[name], {key: mock.MagicMock() for key in kernels}
+    with contextlib.ExitStack() as stack:
+        for of in (samples, module):
+            here = {key: launch for key, launch in launches.items() if hasattr(of, key)}
+            stack.enter_context(mock.patch.multiple(of, **here))
         getattr(module, launcher)(*arguments)
     call = launches[name].__getitem__.return_value.call_args
     found = dict(zip(kernel.arg_names, call.args, strict=False)) | call.kwargs

@@ -26,14 +26,7 @@ import triton.language as tl
 
 from kdkernels._triton.classes import classes_of
 from kdkernels._triton.rows import LOG2E
-from kdkernels._triton.samples import (
-    BLOCK_FEATURES,
-    BLOCK_SAMPLES,
-    NEAR,
-    OF_CENTRE,
-    load_rows,
-    prepare_samples_kernel,
-)
+from kdkernels._triton.samples import NEAR, load_rows, prepare_samples, samples_of_centres
 
 # MmdKernel in csrc/kdkernels.h; the last is the mean distance's.
 RBF = tl.constexpr(0)
@@ -88,9 +81,7 @@ def bytes_moved(
     block_m, block_n, _, block_d, blocks = tile(problems, x_samples, y_samples, features)
     parts = triton.cdiv(features, block_d * blocks)
     both, depth = x_samples + y_samples, triton.cdiv(features, 16) * 16
-    of_centre = sum(triton.cdiv(n, triton.cdiv(n, OF_CENTRE)) for n in (x_samples, y_samples))
-    of_centre *= triton.cdiv(max(x_samples, y_samples), BLOCK_SAMPLES)
-    moved = (both + of_centre) * features * itemsize + both * depth * 4
+    moved = (both + samples_of_centres(x_samples, y_samples)) * features * itemsize + both * depth * 4
 
     def pairs(grads: Collection[str]) -> int:
         rows, gradients = 0, 0
@@ -573,7 +564,6 @@ def mmd(
     m = y.shape[1]
     block_m, block_n, block_k, block_d, blocks = tile(problems, n, m, features)
     parts = triton.cdiv(features, block_d * blocks)
-    depth = triton.cdiv(features, 16) * 16
     polynomial = kernel == POLYNOMIAL.value
     with torch.cuda.device_of(x):
         order = starts = bounds = None
@@ -582,30 +572,9 @@ def mmd(
             order, starts = classes_of(labels)
             runs = n
             bounds = order.new_empty(2, problems, n)
-        z = loss.new_empty(problems, n + m, depth)
-        squares, shares, rows = (loss.new_empty(problems, n + m) for _ in range(3))
+        z, squares, differs = prepare_samples(x, y, order, centred=not polynomial)
+        shares, rows = (torch.empty_like(squares) for _ in range(2))
         own = torch.empty_like(shares) if unbiased else None
-        differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
-        prepare_samples_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
-            x,
-            y,
-            order,
-            z,
-            squares,
-            differs,
-            *x.stride()[:2],
-            *y.stride()[:2],
-            n,
-            m,
-            features,
-            depth,
-            CENTRED=not polynomial,
-            OF_CENTRE=OF_CENTRE,
-            BLOCK_N=BLOCK_SAMPLES,
-            BLOCK_D=min(BLOCK_FEATURES, triton.next_power_of_2(depth)),
-            VECTOR=math.gcd(16, features, *x.stride()[:2], *y.stride()[:2]),
-            num_warps=4,
-        )
         mmd_shares_kernel[(problems * runs,)](
             x_weights,
             y_weights,
@@ -646,7 +615,7 @@ def mmd(
                 n,
                 m,
                 features,
-                depth,
+                z.shape[-1],
                 blocks,
                 1 if bandwidths.dim() == 2 else len(bandwidths),
                 int(bandwidths.dim() == 2),

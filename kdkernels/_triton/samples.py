@@ -1,5 +1,8 @@
 """What the Triton kernels over pairs of samples share: float32 copies less a common centre, and when a pair is near."""
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 
@@ -102,6 +105,49 @@ def prepare_samples_kernel(
     tl.store(squares_ptr + to, x_squares, mask=in_x)
     tl.store(squares_ptr + to + x_samples, y_squares, mask=in_y)
     tl.store(differs_ptr + problem * x_samples + i, differs != 0, mask=in_x)
+
+
+def prepare_samples(
+    x: torch.Tensor,  # (B, n, d), features side by side
+    y: torch.Tensor,  # (B, m, d), features side by side
+    order: torch.Tensor | None,  # (B, n) int64
+    *,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel's z, squares and differs."""
+    problems, n, features = x.shape
+    m = y.shape[1]
+    depth = triton.cdiv(features, 16) * 16
+    z = torch.empty(problems, n + m, depth, dtype=torch.float32, device=x.device)
+    squares = torch.empty(problems, n + m, dtype=torch.float32, device=x.device)
+    differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
+    prepare_samples_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
+        x,
+        y,
+        order,
+        z,
+        squares,
+        differs,
+        *x.stride()[:2],
+        *y.stride()[:2],
+        n,
+        m,
+        features,
+        depth,
+        CENTRED=centred,
+        OF_CENTRE=OF_CENTRE,
+        BLOCK_N=BLOCK_SAMPLES,
+        BLOCK_D=min(BLOCK_FEATURES, triton.next_power_of_2(depth)),
+        VECTOR=math.gcd(16, features, *x.stride()[:2], *y.stride()[:2]),
+        num_warps=4,
+    )
+    return z, squares, differs
+
+
+def samples_of_centres(n: int, m: int) -> int:
+    """How many samples a problem's programs read to form the centre."""
+    of_one = sum(triton.cdiv(k, triton.cdiv(k, OF_CENTRE)) for k in (n, m))
+    return of_one * triton.cdiv(max(n, m), BLOCK_SAMPLES)
 
 
 @triton.jit

@@ -25,14 +25,7 @@ import triton
 import triton.language as tl
 
 from kdkernels._triton.rows import LOG2E, LOWEST, add_online
-from kdkernels._triton.samples import (
-    BLOCK_FEATURES,
-    BLOCK_SAMPLES,
-    NEAR,
-    OF_CENTRE,
-    load_rows,
-    prepare_samples_kernel,
-)
+from kdkernels._triton.samples import NEAR, load_rows, prepare_samples, samples_of_centres
 
 # Cost in csrc/kdkernels.h
 COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}
@@ -97,8 +90,7 @@ def bytes_moved(
         return triton.cdiv(features, block_d) * costs(n, m) + 4 * triton.cdiv(n, block_m) * m * depth
 
     both = x_samples + y_samples
-    of_centre = sum(triton.cdiv(n, triton.cdiv(n, OF_CENTRE)) for n in (x_samples, y_samples))
-    of_centre *= triton.cdiv(max(x_samples, y_samples), BLOCK_SAMPLES) * (cost != "cosine")
+    of_centre = samples_of_centres(x_samples, y_samples) * (cost != "cosine")
     moved = 4 * ((both + of_centre) * features + both * depth)
     sides = (("grad_x", x_samples, y_samples), ("grad_y", y_samples, x_samples))
     moved += costs(x_samples, y_samples)
@@ -673,7 +665,6 @@ def sinkhorn(
     problems, n, features = x.shape
     m = y.shape[1]
     block_m, block_n, block_k, block_d, warps = tile(problems, n, m, extra=bool(extra))
-    depth = triton.cdiv(features, 16) * 16
     x_blocks = triton.cdiv(n, block_m)
     row_blocks = x_blocks + triton.cdiv(m, block_m)
     halves, kinds = (2, 3) if debias else (1, 1)
@@ -681,30 +672,9 @@ def sinkhorn(
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
     code = COSTS[cost]
     with torch.cuda.device_of(x):
-        z = loss.new_empty(problems, n + m, depth)
-        squares, rows = (loss.new_empty(problems, n + m) for _ in range(2))
+        z, squares, differs = prepare_samples(x, y, None, centred=cost != "cosine")
+        depth, rows = z.shape[-1], torch.empty_like(squares)
         weights = torch.cat((a, b), 1)
-        differs = torch.empty(problems, n, dtype=torch.bool, device=x.device)
-        prepare_samples_kernel[(problems * triton.cdiv(max(n, m), BLOCK_SAMPLES),)](
-            x,
-            y,
-            None,
-            z,
-            squares,
-            differs,
-            *x.stride()[:2],
-            *y.stride()[:2],
-            n,
-            m,
-            features,
-            depth,
-            CENTRED=cost != "cosine",
-            OF_CENTRE=OF_CENTRE,
-            BLOCK_N=BLOCK_SAMPLES,
-            BLOCK_D=min(BLOCK_FEATURES, triton.next_power_of_2(depth)),
-            VECTOR=math.gcd(16, features, *x.stride()[:2], *y.stride()[:2]),
-            num_warps=4,
-        )
         largest = loss.new_empty(halves, problems, row_blocks)
         scales = loss.new_empty(iterations, kinds, problems)
         levels = torch.empty(kinds, problems, dtype=torch.int64, device=x.device)
