@@ -459,6 +459,8 @@ void coral(const PairParams& params, int threads);
 void gaussian(const GaussianParams& params, int threads);
 void kl_div(const KlDivParams& params, int threads);
 void logit_loss(const LogitLossParams& params, int threads);
+// Asks for pages of 2 MiB, with which fresh memory takes far fewer faults to fill.
+void prefer_huge_pages(void* begin, int64_t bytes);
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t label);  // how many are `label`
 void masked_feature_loss(const MaskedFeatureLossParams& params, int threads);
 void mmd(const MmdParams& params, int threads);

@@ -778,6 +778,21 @@ def holds_label(labels: Tensor, label: int) -> bool | None:
     return bool(_C.cpu_count_labels(labels, labels.numel(), label))
 
 
+LARGE = 1 << 22  # bytes
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Contiguous memory for a kernel to fill.
+
+    A CPU kernel fills a large gradient in less time than the system takes to hand out its memory in pages of 4 KiB: it
+    is asked for large ones.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if type(out) is Tensor and out.nbytes >= LARGE and device.type == "cpu" and _C is not None:
+        _C.cpu_prefer_huge_pages(out, out.nbytes)
+    return out
+
+
 def sum_of_rows(rows: Tensor, backend: str) -> Tensor:  # (M,) contiguous, float32 or float64 -> ()
     """The sum of a kernel's rows, which has no graph.
 

@@ -450,6 +450,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "cpu_mmd", mmd_params, cpu::mmd);
   bind_cpu(m, "cpu_multi_teacher_kl_div", multi_teacher_kl_div_params, cpu::multi_teacher_kl_div);
   bind_cpu(m, "cpu_pool_mse", pool_mse_params, cpu::pool_mse);
+  m.def("cpu_prefer_huge_pages",
+        [](Address begin, int64_t bytes) { cpu::prefer_huge_pages(begin, bytes); });
   bind_cpu(m, "cpu_topk_kl_div", topk_kl_div_params, cpu::topk_kl_div);
   bind_cpu(m, "cpu_scale_rows", scale_rows_params, cpu::scale_rows);
   bind_cpu(m, "cpu_sinkhorn", sinkhorn_params, cpu::sinkhorn);

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.divergences import KL, REVERSE_KL, Spec, kl_rows
 from kdkernels.ops.logit_loss import logit_loss
 from kdkernels.ops.module import LossModule
@@ -98,8 +98,8 @@ def _outputs(input: Tensor, needs: Sequence[bool], with_loss: bool) -> list[Tens
     dtype = statistics_dtype(input.dtype)
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[1] else None,
+        fresh(input.shape, input.dtype, input.device) if needs[0] else None,
+        fresh(input.shape, input.dtype, input.device) if needs[1] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[3] else None,
     ]

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from kdkernels.backend import (
     LIBRARY,
+    fresh,
     full_precision,
     launcher,
     resolve,
@@ -227,7 +228,7 @@ def _outputs(with_loss: bool, call: Call) -> list[Tensor | None]:
         shape = x.shape if isinstance(x, Tensor) else (rows,) if i in (6, 7) else ()
         of_product = isinstance(x, Tensor) and i in (0, 1, 3, 4)
         summed = projection.sum_dtype(x, chunks) if of_product else dtype  # type: ignore[arg-type]
-        outputs.append(torch.empty(shape, dtype=summed, device=device))
+        outputs.append(fresh(shape, summed, device))
     return outputs
 
 

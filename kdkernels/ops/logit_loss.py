@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.divergences import (
     NONE,
     NORMALIZED,
@@ -131,8 +131,8 @@ def _outputs(with_loss: bool, arguments: Sequence[Any]) -> list[Tensor | None]:
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
         torch.empty(len(TERMS), rows, dtype=dtype, device=input.device) if with_loss and with_terms else None,
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(target, memory_format=torch.contiguous_format) if needs[1] else None,
+        fresh(input.shape, input.dtype, input.device) if needs[0] else None,
+        fresh(target.shape, target.dtype, target.device) if needs[1] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[3] else None,
     ]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, unobserved
 from kdkernels.ops.features import FeatureLoss, by_reference, check_at_least
 from kdkernels.ops.rows import kind_of
 from kdkernels.ops.scale_rows import scale_rows_
@@ -68,8 +68,8 @@ def _outputs(
 ) -> list[Tensor | None]:
     return [
         weight_map.new_empty(()),
-        torch.empty_like(student, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(weight_map, memory_format=torch.contiguous_format) if needs[1] else None,
+        fresh(student.shape, student.dtype, student.device) if needs[0] else None,
+        fresh(weight_map.shape, weight_map.dtype, weight_map.device) if needs[1] else None,
     ]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.kl_div import kl_div_reference, run_kl_div
 from kdkernels.ops.rows import (
     as_matrix,
@@ -107,7 +107,7 @@ def _outputs(input: Tensor, teachers: int, needs: Sequence[bool], with_loss: boo
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
         torch.empty(teachers, rows, dtype=dtype, device=input.device) if needs[0] else None,
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[1] else None,
+        fresh(input.shape, input.dtype, input.device) if needs[1] else None,
     ]
 
 

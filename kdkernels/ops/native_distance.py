@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backend import LIBRARY, launcher, statistics_dtype, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, statistics_dtype, unobserved
 from kdkernels.ops.features import as_problems, by_reference
 from kdkernels.ops.scale_rows import scale_rows_
 
@@ -88,8 +88,8 @@ def _outputs(x: Tensor, y: Tensor, needs: Sequence[bool]) -> list[Tensor | None]
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return [
         torch.empty(x.shape[:-2], dtype=statistics_dtype(x.dtype), device=x.device),
-        torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None,
-        torch.empty(y.shape, dtype=dtype, device=x.device) if needs[1] else None,
+        fresh(x.shape, dtype, x.device) if needs[0] else None,
+        fresh(y.shape, dtype, x.device) if needs[1] else None,
     ]
 
 

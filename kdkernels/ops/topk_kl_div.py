@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.backend import LIBRARY, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -126,8 +126,8 @@ def _outputs(input: Tensor, log_probs: Tensor, needs: Sequence[bool], with_loss:
     rows, dtype = input.shape[0], statistics_dtype(input.dtype)
     return [
         torch.empty(rows, dtype=dtype, device=input.device) if with_loss else None,
-        torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
-        torch.empty_like(log_probs, memory_format=torch.contiguous_format) if needs[1] else None,
+        fresh(input.shape, input.dtype, input.device) if needs[0] else None,
+        fresh(log_probs.shape, log_probs.dtype, log_probs.device) if needs[1] else None,
         torch.empty(rows, dtype=dtype, device=input.device) if needs[2] else None,
     ]
 
