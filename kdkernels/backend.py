@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -51,6 +52,17 @@ def _native() -> ModuleType | None:
 
 
 _C = _native()
+
+
+def _calls() -> ModuleType | None:
+    """The common calls of CPU tensors in C++, where they were compiled for this torch."""
+    name = "kdkernels._calls_" + re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    if _C is None or importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+CALLS = _calls()
 
 
 def _devices() -> dict[str, dict[str, str]]:
@@ -778,7 +790,7 @@ def holds_label(labels: Tensor, label: int) -> bool | None:
     return bool(_C.cpu_count_labels(labels, labels.numel(), label))
 
 
-LARGE = 1 << 22  # bytes
+LARGE = 1 << 25  # bytes: from here on the C library takes fresh memory each time
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

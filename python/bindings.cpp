@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../csrc/kdkernels.h"
+#include "cpu_kernels.h"
 
 namespace py = pybind11;
 
@@ -460,6 +460,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_sum_of_rows", [](int dtype, Address rows, int64_t count, Address out) {
     cpu::sum_of_rows(static_cast<DType>(dtype), rows, count, out);
   });
+  static const CpuKernels kernels{cpu::kl_div,      cpu::logit_loss,   cpu::coral,
+                                  cpu::gaussian,    cpu::mmd,          cpu::scale_rows,
+                                  cpu::sum_of_rows, cpu::count_labels, cpu::prefer_huge_pages};
+  m.attr("cpu_kernels") = py::capsule(&kernels, kCpuKernels);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);
   bind_cuda(m, "cuda_logit_loss", logit_loss_params, cuda::logit_loss);

@@ -57,7 +57,7 @@ def fast_sort() -> Iterator[None]:
         yield
 
 
-def _missing(reason: str) -> None:
+def missing(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
@@ -96,7 +96,7 @@ def _ready(name: str, request: pytest.FixtureRequest) -> str:
         request.getfixturevalue("cuda_on_cpu")
     reason = kd.available_backends(device_of(name))[name]
     if reason != "available":
-        _missing(f"backend {name}: {reason}")
+        missing(f"backend {name}: {reason}")
     return name
 
 

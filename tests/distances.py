@@ -98,14 +98,14 @@ GRID = [
 
 def ready(name: str, backend: str | None, *, weighted: bool) -> Callable[..., Tensor]:
     """The case's function with that backend; the test is skipped where POT is needed and absent."""
-    from conftest import _missing, device_of
+    from conftest import device_of, missing
 
     case = CASES[name]
     state = "available" if backend is None else kdkernels.available_backends(device_of(backend))[backend]
     if state != "available":
-        _missing(f"backend {backend}: {state}")
+        missing(f"backend {backend}: {state}")
     if weighted and case.pot and importlib.util.find_spec("ot") is None:
-        _missing("POT is not installed")
+        missing("POT is not installed")
     return partial(moved, case.function, backend)
 
 

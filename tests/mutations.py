@@ -46,7 +46,7 @@ OP_SINKHORN = "kdkernels/ops/sinkhorn.py"
 CPU_CORAL, SMALL = "csrc/cpu/coral.cpp", "csrc/cpu/small_linear_loss.cpp"
 CPU_MMD, OP_MMD = "csrc/cpu/mmd.cpp", "kdkernels/ops/mmd.py"
 CPU_CLASSES, BF16 = "csrc/cpu/classes.h", "csrc/cpu/bf16_linear.cpp"
-OP_NATIVE = "kdkernels/ops/native_distance.py"
+OP_NATIVE, CALLS = "kdkernels/ops/native_distance.py", "python/calls.cpp"
 OP_GAUSSIAN, OP_CORAL, OP_WASSERSTEIN = (
     f"kdkernels/ops/{stem}.py" for stem in ("gaussian", "coral", "wasserstein")
 )
@@ -102,6 +102,10 @@ def distance(suite: str, words: str) -> str:
 
 def sinkhorn(backend: str, words: str) -> str:
     return f"tests/test_sinkhorn.py -k '{backend}{' and ' if backend else ''}({words})'"
+
+
+def calls(words: str) -> str:
+    return f"tests/test_calls.py -k '{words}'"
 
 
 def method(suite: str, words: str) -> str:
@@ -537,6 +541,26 @@ MUTATIONS = [
     Mutation("methods atsc: teacher detached", f"{METHODS}/atsc.py", "network(images).map, network, labels", "network(images).map.detach(), network, labels", method("shared_head_methods", "atsc")),
     Mutation("methods atsc: no anchor", f"{METHODS}/atsc.py", "Output(output.loss + anchor, terms", "Output(output.loss, terms", method("shared_head_methods", "atsc")),
     Mutation("methods atsc: anchor holds biases", f"{METHODS}/atsc.py", "min_dim=anchor_min_dim", "min_dim=0", method("shared_head_methods", "atsc")),
+    Mutation("calls: upstream gradient left out", CALLS, "scale_in_place(kept.gradients[i], scale);", "", calls("equal")),
+    Mutation("calls: one upstream gradient for all rows", CALLS, "upstream.dim() == 0 ? 0 : upstream.stride(0)", "0", calls("equal")),
+    Mutation("calls: gradients handed out twice", CALLS, "kept.at_hand = false;", "", calls("equal")),
+    Mutation("calls: no graph of a gradient", CALLS, "kept.at_hand && !at::GradMode::is_enabled()", "kept.at_hand", calls("double")),
+    Mutation("calls: gradients of the sides exchanged", CALLS, "std::swap(params.grad_input, params.grad_target);", "", calls("equal")),
+    Mutation("calls: temperatures exchanged", CALLS, "std::swap(params.input_temperature_value, params.target_temperature_value);", "", calls("equal")),
+    Mutation("calls: a sum for a mean", CALLS, "reduction == Reduction::kBatchmean ? 1.0 /", "false ? 1.0 /", calls("equal")),
+    Mutation("calls: T squared missing", CALLS, "if (spec[6] != 0) {", "if (false) {", calls("equal")),
+    Mutation("calls: one class of two for a distribution", CALLS, "of_labels && q->classes == 2 ? 0.0 : spec[2]", "spec[2]", calls("two_classes")),
+    Mutation("calls: ignored rows counted", CALLS, "q->rows, ignore_index) != 0", "q->rows, ignore_index) < 0", calls("two_classes")),
+    Mutation("calls: modes not seen", CALLS, "(keys.raw_repr() & ~known) == 0", "true", calls("left_to_python")),
+    Mutation("calls: rows taken for adjacent", CALLS, "return Matrix{rows, classes, x.stride(0)};", "return Matrix{rows, classes, classes};", calls("rows_apart")),
+    Mutation("calls: samples taken for adjacent", CALLS, "return Problems{1, samples, 0, x.stride(0)};", "return Problems{1, samples, 0, x.size(1)};", calls("rows_apart")),
+    Mutation("calls: the teacher's gradient dropped", CALLS, "graph && teacher->requires_grad()))", "false))", calls("left_to_python")),
+    Mutation("calls: gradients made without need", CALLS, "const bool graph = at::GradMode::is_enabled();", "const bool graph = true;", calls("made")),
+    Mutation("calls: float16 gradients of distances", CALLS, "(*dtype == DType::kFloat16 && (needs[0] || needs[1]))", "false", calls("equal")),
+    Mutation("calls: a reference kept", CALLS, "  Py_INCREF(again);\n", "  Py_INCREF(again), Py_INCREF(again);\n", calls("stays")),
+    Mutation("calls: options of the first kernel", CALLS, "option(options, 2) != 0}", "false}", calls("equal")),
+    Mutation("calls: hooks of inputs run twice", "kdkernels/ops/calls.py", "[x.view_as(x) for x in inputs]", "list(inputs)", calls("hooks")),
+    Mutation("calls: no gradient through the gradient", "kdkernels/ops/calls.py", "create_graph=twice", "create_graph=False", calls("double")),
     Mutation("methods atsc: upkeep of the weight too", f"{METHODS}/atsc.py", 'return biases if self.head_update == "bias" else', "return", method("shared_head_methods", "upkeep")),
     Mutation("methods atsc: sum over teachers", f"{METHODS}/atsc.py", "torch.stack(losses).mean(),", "torch.stack(losses).sum(),", method("shared_head_methods", "several")),
     Mutation("methods: teacher in training mode", f"{METHODS}/method.py", "            teacher.eval()\n        return self", "            pass\n        return self", method("methods", "stays")),
@@ -580,7 +604,7 @@ def main(word: str = "") -> int:
             if mutation.old not in text:
                 raise SystemExit(f"{mutation.name}: {mutation.file} no longer holds {mutation.old!r}")
             path.write_text(text.replace(mutation.old, mutation.new))
-            rebuild = mutation.file.startswith(("csrc/cpu", "csrc/math"))
+            rebuild = mutation.file.startswith(("csrc/cpu", "csrc/math", "python"))
             if rebuild or stale:
                 shell(build, tree, KDKERNELS_CUDA="0")
             stale = rebuild

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import KLDivLoss, kl_div, kl_div_reference
+from kdkernels.ops.calls import COMMON
 
 compare = partial(testing.compare, kl_div)
 
@@ -377,6 +378,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     if kdkernels.available_backends("cpu")["cpu"] != "available":
         pytest.skip("needs the native module")
     asked = []
+    monkeypatch.delitem(COMMON, "kl_div", raising=False)
     original = kdkernels.backend._LAUNCHERS["cpu", "kl_div"]
     monkeypatch.setitem(
         kdkernels.backend._LAUNCHERS,
@@ -655,6 +657,7 @@ def test_bad_input_says_what_is_wrong(arguments, error, message):
 
 
 def test_unavailable_backend_raises_and_nothing_is_replaced(request, monkeypatch):
+    monkeypatch.delitem(COMMON, "kl_div", raising=False)
     monkeypatch.setitem(kdkernels.backend._DEVICES, "cpu", {"cpu": "the native module was not built"})
     kdkernels.backend._resolve.cache_clear()
     request.addfinalizer(kdkernels.backend._resolve.cache_clear)

@@ -28,6 +28,7 @@ from torch import Tensor
 import kdkernels
 from kdkernels import distillation_loss, dkd, jsd, kd_statistics, kl_div, nkd, skew_kl_div, tvd
 from kdkernels.backend import statistics_dtype
+from kdkernels.ops.calls import COMMON
 from kdkernels.ops.distillation_loss import SOFT
 from kdkernels.ops.divergences import Spec
 from kdkernels.ops.logit_loss import run_logit_loss_kernels
@@ -1332,6 +1333,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     if kdkernels.available_backends("cpu")["cpu"] != "available":
         pytest.skip("needs the native module")
     asked = []
+    monkeypatch.delitem(COMMON, "logit_loss", raising=False)
     original = kdkernels.backend._LAUNCHERS["cpu", "logit_loss"]
     monkeypatch.setitem(
         kdkernels.backend._LAUNCHERS,

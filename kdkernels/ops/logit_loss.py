@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.ops.calls import COMMON, again_by
 from kdkernels.ops.divergences import (
     NONE,
     NORMALIZED,
@@ -386,6 +387,65 @@ def logit_loss(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, terms) of the family member that `spec` describes; the public losses name and explain the arguments."""
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and (common := COMMON.get("logit_loss"))
+        and mask is None
+        and weights is None
+        and not with_terms
+        and valid_classes is None
+        and teacher_valid_classes is None
+        and (backend is None or backend == "cpu")
+    ):
+        options = (spec, temperature, teacher_temperature, ignore_index, reduction)
+        found = common(student, teacher, labels, *options, _again)
+        if found is not None:
+            return found, None
+    return _logit_loss(
+        student,
+        teacher,
+        labels,
+        spec,
+        temperature,
+        teacher_temperature,
+        ignore_index,
+        reduction,
+        mask,
+        weights,
+        valid_classes,
+        teacher_valid_classes,
+        with_terms,
+        backend,
+    )
+
+
+def _again(
+    arguments: tuple[Any, ...], inputs: Sequence[Tensor], needs: Sequence[bool], grad_output: Tensor
+) -> Sequence[Tensor | None]:
+    labels = inputs[2] if len(inputs) == 3 else None
+
+    def loss(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+        return _logit_loss(student, teacher, labels, *options)[0]
+
+    return again_by(loss)(arguments, inputs[:2], needs, grad_output)
+
+
+def _logit_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    temperature: Temperature,
+    teacher_temperature: Temperature | None,
+    ignore_index: int,
+    reduction: str,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    valid_classes: Range = None,
+    teacher_valid_classes: Range = None,
+    with_terms: bool = False,
+    backend: str | None = "cpu",
+) -> tuple[Tensor, Tensor | None]:
     ranges = check_logits(student, teacher, valid_classes, teacher_valid_classes)
     if teacher is None and spec.reads_target:
         refuse_logits(student, teacher)

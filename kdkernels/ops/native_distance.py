@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backend import LIBRARY, fresh, launcher, statistics_dtype, unobserved
+from kdkernels.ops.calls import COMMON, again_by
 from kdkernels.ops.features import as_problems, by_reference
 from kdkernels.ops.scale_rows import scale_rows_
 
@@ -53,6 +54,11 @@ def native_distance(
 
     native = Native(run, reference)
 
+    def again_distance(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> Tensor:
+        return _Distance.apply(x, y, None, None, None, native, options, "cpu")
+
+    again = again_by(again_distance)
+
     def distance(
         x: Tensor,  # (..., n, d)
         y: Tensor,  # (..., m, d)
@@ -62,6 +68,17 @@ def native_distance(
         options: tuple[Any, ...],
         backend: str,
     ) -> Tensor:  # (...,)
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and (common := COMMON.get(name))
+            and backend == "cpu"
+            and x_weights is None
+            and y_weights is None
+            and labels is None
+        ):
+            found = common(x, y, options, again)
+            if found is not None:
+                return found
         if torch.is_grad_enabled() and (
             x.requires_grad
             or y.requires_grad

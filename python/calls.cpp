@@ -1,0 +1,529 @@
+// Common calls on a CPU without Python: checks, memory, kernel, and the node of autograd.
+//
+// A small batch's kernel takes less time than Python takes to reach it. What is here serves plain
+// tensors and the usual options; for anything else a function gives None, and the caller goes its
+// own way, which also says what is wrong. Built for one version of torch, whose name the module
+// has (setup.py).
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace kdkernels {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const CpuKernels* kernels = nullptr;
+constexpr int64_t kLarge = int64_t{1} << 25;  // as LARGE in kdkernels/backend.py
+
+// The interpreter's lock, given up or taken while this lives.
+struct WithoutLock {
+  PyThreadState* state = PyEval_SaveThread();
+  WithoutLock() = default;
+  WithoutLock(const WithoutLock&) = delete;
+  ~WithoutLock() { PyEval_RestoreThread(state); }
+};
+struct WithLock {
+  PyGILState_STATE state = PyGILState_Ensure();
+  WithLock() = default;
+  WithLock(const WithLock&) = delete;
+  ~WithLock() { PyGILState_Release(state); }
+};
+
+struct Decref {
+  void operator()(PyObject* object) const { Py_XDECREF(object); }
+};
+using Object = std::unique_ptr<PyObject, Decref>;
+
+[[noreturn]] void raise() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
+Object checked(PyObject* object) {
+  if (object == nullptr) raise();
+  return Object(object);
+}
+
+double double_of(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred() != nullptr) raise();
+  return value;
+}
+
+std::optional<DType> dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kDouble:
+      return DType::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
+at::ScalarType statistics_of(DType dtype) {
+  return dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
+}
+
+// The tensor behind `object` where it is a plain one on a CPU, and nothing (a mode, a transform,
+// autocast, a tracer) is there to see what becomes of it.
+const at::Tensor* plain(PyObject* object) {
+  const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != THPVariableClass && type != ParameterClass) return nullptr;
+  const at::Tensor& x = THPVariable_Unpack(object);
+  static const uint64_t known = (c10::DispatchKeySet(c10::DispatchKey::CPU) |
+                                 c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
+                                 c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) |
+                                 c10::DispatchKeySet(c10::DispatchKey::BackendSelect))
+                                    .raw_repr();
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  auto keys = (x.key_set() | local.included_) - local.excluded_;  // not const: torch 2.6
+  return (keys.raw_repr() & ~known) == 0 ? &x : nullptr;
+}
+
+struct Matrix {
+  int64_t rows, classes, stride;
+};
+
+// (..., N) as rows of classes side by side, where that takes no copy.
+std::optional<Matrix> matrix_of(const at::Tensor& x) {
+  if (x.dim() == 0 || x.numel() == 0) return std::nullopt;
+  const int64_t classes = x.size(-1), rows = x.numel() / classes;
+  if (x.dim() == 2 && x.stride(1) == 1) return Matrix{rows, classes, x.stride(0)};
+  if (x.is_contiguous()) return Matrix{rows, classes, classes};
+  return std::nullopt;
+}
+
+std::optional<double> number_of(PyObject* object) {
+  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
+  if (!PyLong_CheckExact(object)) return std::nullopt;
+  const double value = PyLong_AsDouble(object);
+  if (value != -1.0 || PyErr_Occurred() == nullptr) return value;
+  PyErr_Clear();
+  return std::nullopt;
+}
+
+std::optional<double> temperature_of(PyObject* object) {
+  const auto value = number_of(object);
+  return value && *value > 0 && *value < INFINITY ? value : std::nullopt;
+}
+
+enum class Reduction { kNone, kSum, kBatchmean };
+
+std::optional<Reduction> reduction_of(PyObject* object) {
+  if (!PyUnicode_Check(object)) return std::nullopt;
+  if (PyUnicode_CompareWithASCIIString(object, "batchmean") == 0) return Reduction::kBatchmean;
+  if (PyUnicode_CompareWithASCIIString(object, "sum") == 0) return Reduction::kSum;
+  if (PyUnicode_CompareWithASCIIString(object, "none") == 0) return Reduction::kNone;
+  return std::nullopt;
+}
+
+at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor out = at::empty(shape, options);
+  const auto bytes = static_cast<int64_t>(out.nbytes());
+  if (bytes >= kLarge) kernels->prefer_huge_pages(out.data_ptr(), bytes);
+  return out;
+}
+
+// What the node keeps: the gradients that the forward computed, which the first backward hands out
+// where no graph of it is wanted; and how Python computes them otherwise, as
+// again(arguments, inputs, needs, grad_output).
+struct Kept : torch::CustomClassHolder {
+  at::Tensor gradients[2];
+  bool at_hand = true;
+  Object again, arguments;
+
+  ~Kept() override {
+    if (!Py_IsInitialized()) {
+      (void)again.release(), (void)arguments.release();
+      return;
+    }
+    const WithLock lock;
+    again.reset(), arguments.reset();
+  }
+};
+
+struct Made {
+  c10::intrusive_ptr<Kept> kept;
+  at::Tensor loss, labels;
+};
+
+void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
+  const int64_t rows = upstream.numel();
+  kernels->scale_rows({gradient.data_ptr(), upstream.data_ptr(), rows, gradient.numel() / rows,
+                       upstream.dim() == 0 ? 0 : upstream.stride(0), *dtype_of(gradient)},
+                      at::get_num_threads());
+}
+
+struct Loss : torch::autograd::Function<Loss> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& a, const at::Tensor& b,
+                            const Made& made) {
+    ctx->saved_data["kept"] = c10::IValue::make_capsule(made.kept);
+    ctx->save_for_backward({a, b, made.labels});
+    return made.loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto capsule = ctx->saved_data["kept"].toCapsule();
+    auto& kept = static_cast<Kept&>(*capsule);
+    variable_list found(3);
+    if (kept.at_hand && !at::GradMode::is_enabled()) {
+      kept.at_hand = false;
+      const at::Tensor scale = upstream[0].dim() > 1 ? upstream[0].reshape({-1}) : upstream[0];
+      for (int i = 0; i < 2; ++i) {
+        if (!kept.gradients[i].defined()) continue;
+        scale_in_place(kept.gradients[i], scale);
+        found[i] = std::move(kept.gradients[i]);
+      }
+      return found;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const WithLock lock;
+    const Object inputs = checked(PyTuple_New(saved[2].defined() ? 3 : 2));
+    const Object needs = checked(PyTuple_New(2));
+    for (int i = 0; i < PyTuple_GET_SIZE(inputs.get()); ++i) {
+      PyTuple_SET_ITEM(inputs.get(), i, checked(THPVariable_Wrap(saved[i])).release());
+    }
+    for (int i = 0; i < 2; ++i) {
+      PyTuple_SET_ITEM(needs.get(), i, PyBool_FromLong(ctx->needs_input_grad(i)));
+    }
+    const Object grad_output = checked(THPVariable_Wrap(upstream[0]));
+    const Object result =
+        checked(PyObject_CallFunctionObjArgs(kept.again.get(), kept.arguments.get(), inputs.get(),
+                                             needs.get(), grad_output.get(), nullptr));
+    for (int i = 0; i < 2; ++i) {
+      const Object gradient = checked(PySequence_GetItem(result.get(), i));
+      if (gradient.get() != Py_None) found[i] = THPVariable_Unpack(gradient.get());
+    }
+    return found;
+  }
+};
+
+// The loss as Python has it, with its node where one is wanted. args are the call's.
+PyObject* finish(const at::Tensor& a, const at::Tensor& b, const bool (&needs)[2],
+                 at::Tensor (&gradients)[2], at::Tensor loss, at::Tensor labels, PyObject* again,
+                 PyObject* const* args, Py_ssize_t first, Py_ssize_t last) {
+  if (!needs[0] && !needs[1]) return THPVariable_Wrap(std::move(loss));
+  auto kept = c10::make_intrusive<Kept>();
+  for (int i = 0; i < 2; ++i) kept->gradients[i] = std::move(gradients[i]);
+  kept->arguments = checked(PyTuple_New(last - first));
+  for (Py_ssize_t i = first; i < last; ++i) {
+    Py_INCREF(args[i]);
+    PyTuple_SET_ITEM(kept->arguments.get(), i - first, args[i]);
+  }
+  Py_INCREF(again);
+  kept->again.reset(again);
+  return THPVariable_Wrap(
+      Loss::apply(a, b, Made{std::move(kept), std::move(loss), std::move(labels)}));
+}
+
+// Where a loss over rows goes: the rows' losses themselves, or their sum.
+struct Rows {
+  DType dtype;
+  int64_t count;
+  at::Tensor loss, many;
+  double few[256];
+  void* each = few;
+
+  Rows(const at::Tensor& logits, Reduction reduction, int64_t rows, DType of)
+      : dtype(of), count(rows) {
+    const auto options = logits.options().dtype(statistics_of(dtype));
+    if (reduction == Reduction::kNone) {
+      loss = at::empty(logits.sizes().slice(0, logits.dim() - 1), options);
+      each = loss.data_ptr();
+      return;
+    }
+    loss = at::empty({}, options);
+    if (rows > static_cast<int64_t>(sizeof(few) / sizeof(few[0]))) {
+      many = at::empty({rows}, options);
+      each = many.data_ptr();
+    }
+  }
+  Rows(const Rows&) = delete;
+
+  void reduce() const {
+    if (each != loss.data_ptr()) kernels->sum_of_rows(dtype, each, count, loss.data_ptr());
+  }
+};
+
+double scale_of(Reduction reduction, int64_t rows) {
+  return reduction == Reduction::kBatchmean ? 1.0 / static_cast<double>(rows) : 1.0;
+}
+
+#define NOT_HERE Py_RETURN_NONE
+
+// (student, teacher, temperature, teacher_temperature or None, reverse, reduction, again)
+PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor *student = plain(args[0]), *teacher = plain(args[1]);
+  if (student == nullptr || teacher == nullptr) NOT_HERE;
+  const auto dtype = dtype_of(*student);
+  const auto q = matrix_of(*student), p = matrix_of(*teacher);
+  const auto q_temperature = temperature_of(args[2]);
+  const auto p_temperature = args[3] == Py_None ? q_temperature : temperature_of(args[3]);
+  const auto reduction = reduction_of(args[5]);
+  if (!dtype || !q || !p || !q_temperature || !p_temperature || !reduction ||
+      !PyBool_Check(args[4]) || student->scalar_type() != teacher->scalar_type() ||
+      student->sizes() != teacher->sizes()) {
+    NOT_HERE;
+  }
+  const bool graph = at::GradMode::is_enabled();
+  const bool needs[2] = {graph && student->requires_grad(), graph && teacher->requires_grad()};
+  at::Tensor gradients[2];
+  for (int i = 0; i < 2; ++i) {
+    if (needs[i]) gradients[i] = fresh(student->sizes(), student->options());
+  }
+  const auto address = [](const at::Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; };
+  Rows rows(*student, *reduction, q->rows, *dtype);
+  KlDivParams params{};
+  params.rows = q->rows;
+  params.classes = q->classes;
+  params.scale = scale_of(*reduction, q->rows);
+  params.loss = rows.each;
+  params.dtype = *dtype;
+  params.input = student->data_ptr(), params.target = teacher->data_ptr();
+  params.input_stride = q->stride, params.target_stride = p->stride;
+  params.input_temperature_value = *q_temperature;
+  params.target_temperature_value = *p_temperature;
+  params.grad_input = address(gradients[0]), params.grad_target = address(gradients[1]);
+  if (args[4] == Py_True) {
+    std::swap(params.input, params.target);
+    std::swap(params.input_stride, params.target_stride);
+    std::swap(params.input_temperature_value, params.target_temperature_value);
+    std::swap(params.grad_input, params.grad_target);
+  }
+  {
+    const WithoutLock unlocked;
+    kernels->kl_div(params, at::get_num_threads());
+    rows.reduce();
+  }
+  return finish(*student, *teacher, needs, gradients, std::move(rows.loss), {}, args[6], args, 2,
+                6);
+  END_HANDLE_TH_ERRORS
+}
+
+// (student, teacher, labels or None, spec, temperature, teacher_temperature or None, ignore_index,
+// reduction, again); spec is that of kdkernels/ops/divergences.py.
+PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor *student = plain(args[0]), *teacher = plain(args[1]);
+  if (student == nullptr || teacher == nullptr) NOT_HERE;
+  const auto dtype = dtype_of(*student);
+  const auto q = matrix_of(*student), p = matrix_of(*teacher);
+  const auto q_temperature = temperature_of(args[4]);
+  const auto p_temperature = args[5] == Py_None ? q_temperature : temperature_of(args[5]);
+  const auto reduction = reduction_of(args[7]);
+  const bool graph = at::GradMode::is_enabled();
+  if (!dtype || !q || !p || !q_temperature || !p_temperature || !reduction ||
+      !PyLong_CheckExact(args[6]) || student->scalar_type() != teacher->scalar_type() ||
+      student->sizes() != teacher->sizes() || (graph && teacher->requires_grad())) {
+    NOT_HERE;
+  }
+  double spec[11];
+  for (int i = 0; i < 11; ++i) spec[i] = double_of(PyTuple_GET_ITEM(args[3], i));
+  const auto divergence = static_cast<Divergence>(static_cast<int32_t>(spec[0]));
+  const bool of_labels =
+      divergence >= Divergence::kDecoupled && divergence <= Divergence::kReverseNormalized;
+  const at::Tensor* labels = args[2] == Py_None ? nullptr : plain(args[2]);
+  if (labels == nullptr) {
+    if (args[2] != Py_None || of_labels || divergence == Divergence::kStatistics) NOT_HERE;
+  } else {
+    const long ignore_index = PyLong_AsLong(args[6]);
+    if (ignore_index == -1 && PyErr_Occurred() != nullptr) raise();
+    if (labels->scalar_type() != at::kLong || !labels->is_contiguous() ||
+        labels->sizes() != student->sizes().slice(0, student->dim() - 1) ||
+        kernels->count_labels(labels->const_data_ptr<int64_t>(), q->rows, ignore_index) != 0) {
+      NOT_HERE;
+    }
+  }
+
+  const bool needs[2] = {graph && student->requires_grad(), false};
+  at::Tensor gradients[2];
+  if (needs[0]) gradients[0] = fresh(student->sizes(), student->options());
+  Rows rows(*student, *reduction, q->rows, *dtype);
+  const bool soft = divergence != Divergence::kNone;
+  LogitLossParams params{};
+  params.rows = q->rows;
+  params.classes = params.grad_stride = q->classes;
+  params.input = student->data_ptr(), params.input_stride = q->stride;
+  if (soft || spec[10] != 0) params.target = teacher->data_ptr(), params.target_stride = p->stride;
+  if (labels != nullptr) params.labels = labels->const_data_ptr<int64_t>();
+  params.input_temperature_value = soft ? *q_temperature : 1.0;
+  params.target_temperature_value = soft ? *p_temperature : 1.0;
+  params.divergence = divergence;
+  params.first = spec[1];
+  params.second = of_labels && q->classes == 2 ? 0.0 : spec[2];
+  params.mix = spec[3];
+  params.standardize = spec[4] != 0;
+  params.soft_scale_value = spec[5];
+  if (spec[6] != 0) {
+    params.soft_scale_value *= params.input_temperature_value * params.input_temperature_value;
+  }
+  params.hard_weight = spec[7];
+  params.label_smoothing = spec[8];
+  params.z_loss = spec[9];
+  params.logit_mse = spec[10];
+  params.scale = scale_of(*reduction, q->rows);
+  params.loss = rows.each;
+  if (needs[0]) params.grad_input = gradients[0].data_ptr();
+  params.dtype = params.grad_dtype = *dtype;
+  try {
+    const WithoutLock unlocked;
+    kernels->logit_loss(params, at::get_num_threads());
+    rows.reduce();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+  return finish(*student, *teacher, needs, gradients, std::move(rows.loss),
+                labels == nullptr ? at::Tensor() : *labels, args[8], args, 3, 8);
+  END_HANDLE_TH_ERRORS
+}
+
+struct Problems {
+  int64_t count, samples, problem_stride, stride;
+};
+
+// (..., n, d) as problems of samples with features side by side, where that takes no copy.
+std::optional<Problems> problems_of(const at::Tensor& x) {
+  if (x.dim() < 2 || x.numel() == 0 || x.stride(-1) != 1) return std::nullopt;
+  const int64_t samples = x.size(-2), count = x.numel() / samples / x.size(-1);
+  if (x.dim() == 2) return Problems{1, samples, 0, x.stride(0)};
+  if (x.dim() == 3) return Problems{count, samples, x.stride(0), x.stride(1)};
+  if (x.is_contiguous()) return Problems{count, samples, x.stride(-3), x.stride(-2)};
+  return std::nullopt;
+}
+
+// (x, y, options, again), checked as `native_distance` has them; run(options, pair) gives whether
+// the options are of a kind that is done here.
+template <typename Run>
+PyObject* distance(PyObject* const* args, const Run& run) {
+  HANDLE_TH_ERRORS
+  const at::Tensor *x = plain(args[0]), *y = plain(args[1]);
+  if (x == nullptr || y == nullptr) NOT_HERE;
+  const auto dtype = dtype_of(*x);
+  const auto of_x = problems_of(*x), of_y = problems_of(*y);
+  const bool graph = at::GradMode::is_enabled();
+  const bool needs[2] = {graph && x->requires_grad(), graph && y->requires_grad()};
+  // float16 has no range for a gradient that is still to meet its upstream gradient.
+  if (!dtype || !of_x || !of_y || (*dtype == DType::kFloat16 && (needs[0] || needs[1]))) NOT_HERE;
+  at::Tensor gradients[2];
+  if (needs[0]) gradients[0] = fresh(x->sizes(), x->options());
+  if (needs[1]) gradients[1] = fresh(y->sizes(), y->options());
+  at::Tensor loss =
+      at::empty(x->sizes().slice(0, x->dim() - 2), x->options().dtype(statistics_of(*dtype)));
+  const PairParams pair{x->data_ptr(),
+                        y->data_ptr(),
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        loss.data_ptr(),
+                        needs[0] ? gradients[0].data_ptr() : nullptr,
+                        needs[1] ? gradients[1].data_ptr() : nullptr,
+                        of_x->count,
+                        of_x->samples,
+                        of_y->samples,
+                        x->size(-1),
+                        of_x->problem_stride,
+                        of_x->stride,
+                        of_y->problem_stride,
+                        of_y->stride,
+                        *dtype};
+  if (!run(args[2], pair)) NOT_HERE;
+  return finish(*x, *y, needs, gradients, std::move(loss), {}, args[3], args, 2, 3);
+  END_HANDLE_TH_ERRORS
+}
+
+double option(PyObject* options, Py_ssize_t i) { return double_of(PyTuple_GET_ITEM(options, i)); }
+
+PyObject* coral(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return distance(args, [](PyObject*, const PairParams& pair) {
+    const WithoutLock unlocked;
+    kernels->coral(pair, at::get_num_threads());
+    return true;
+  });
+}
+
+PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return distance(args, [](PyObject* options, const PairParams& pair) {
+    const GaussianParams params{pair, option(options, 1), static_cast<int64_t>(option(options, 2)),
+                                static_cast<GaussianDistance>(option(options, 0))};
+    const WithoutLock unlocked;
+    kernels->gaussian(params, at::get_num_threads());
+    return true;
+  });
+}
+
+PyObject* mmd(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return distance(args, [](PyObject* options, const PairParams& pair) {
+    MmdParams params{pair, nullptr, 0, static_cast<MmdKernel>(option(options, 1)),
+                     option(options, 2) != 0};
+    if (PyTuple_GET_ITEM(options, 0) != Py_None) {
+      const at::Tensor* bandwidths = plain(PyTuple_GET_ITEM(options, 0));
+      if (bandwidths == nullptr || bandwidths->scalar_type() != statistics_of(pair.dtype) ||
+          !bandwidths->is_contiguous()) {
+        return false;
+      }
+      params.bandwidths = bandwidths->data_ptr();
+      params.bandwidth_count = bandwidths->numel();
+    }
+    const WithoutLock unlocked;
+    kernels->mmd(params, at::get_num_threads());
+    return true;
+  });
+}
+
+// Calls come from kdkernels/ops alone, with as many arguments as they have here.
+PyMethodDef methods[] = {
+    {"kl_div", reinterpret_cast<PyCFunction>(kl_div), METH_FASTCALL, nullptr},
+    {"logit_loss", reinterpret_cast<PyCFunction>(logit_loss), METH_FASTCALL, nullptr},
+    {"coral", reinterpret_cast<PyCFunction>(coral), METH_FASTCALL, nullptr},
+    {"gaussian", reinterpret_cast<PyCFunction>(gaussian), METH_FASTCALL, nullptr},
+    {"mmd", reinterpret_cast<PyCFunction>(mmd), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      KDKERNELS_CALLS,
+                      nullptr,
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+}  // namespace kdkernels
+
+#define INIT_OF(name) PyInit_##name
+#define INIT(name) INIT_OF(name)
+
+PyMODINIT_FUNC INIT(KDKERNELS_CALLS_NAME)() {
+  using kdkernels::kCpuKernels;
+  PyObject* native = PyImport_ImportModule("kdkernels._C");
+  if (native == nullptr) return nullptr;
+  PyObject* capsule = PyObject_GetAttrString(native, "cpu_kernels");
+  Py_DECREF(native);
+  if (capsule == nullptr) return nullptr;
+  kdkernels::kernels =
+      static_cast<const kdkernels::CpuKernels*>(PyCapsule_GetPointer(capsule, kCpuKernels));
+  Py_DECREF(capsule);  // what it points to is static
+  return kdkernels::kernels == nullptr ? nullptr : PyModule_Create(&kdkernels::module);
+}

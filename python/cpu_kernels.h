@@ -1,0 +1,22 @@
+// What kdkernels._C hands to kdkernels._calls_*, as a capsule of this name.
+#pragma once
+
+#include "../csrc/kdkernels.h"
+
+namespace kdkernels {
+
+constexpr const char* kCpuKernels = "kdkernels.cpu_kernels";
+
+struct CpuKernels {
+  void (*kl_div)(const KlDivParams&, int threads);
+  void (*logit_loss)(const LogitLossParams&, int threads);
+  void (*coral)(const PairParams&, int threads);
+  void (*gaussian)(const GaussianParams&, int threads);
+  void (*mmd)(const MmdParams&, int threads);
+  void (*scale_rows)(const ScaleRowsParams&, int threads);
+  void (*sum_of_rows)(DType dtype, const void* rows, int64_t count, void* out);
+  int64_t (*count_labels)(const int64_t* labels, int64_t rows, int64_t label);
+  void (*prefer_huge_pages)(void* begin, int64_t bytes);
+};
+
+}  // namespace kdkernels
