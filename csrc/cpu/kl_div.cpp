@@ -34,6 +34,8 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
     w_row.resize(sizeof(T) == sizeof(float) ? 0 : classes);
   }
 
+  const double one_input = 1 / params.input_temperature_value;
+  const double one_target = 1 / params.target_temperature_value;
   for (int64_t r = begin_row; r < end_row; ++r) {
     T* grad_input = row_of<T>(params.grad_input, r, classes);
     T* grad_target = row_of<T>(params.grad_target, r, classes);
@@ -45,10 +47,9 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
       if (target_temperature_out != nullptr) target_temperature_out[r] = 0;
       continue;
     }
-    const double input_inverse =
-        1 / (input_temperature ? double(input_temperature[r]) : params.input_temperature_value);
+    const double input_inverse = input_temperature ? 1 / double(input_temperature[r]) : one_input;
     const double target_inverse =
-        1 / (target_temperature ? double(target_temperature[r]) : params.target_temperature_value);
+        target_temperature ? 1 / double(target_temperature[r]) : one_target;
     const double scale = row_scale ? double(row_scale[r]) : params.scale;
     const T* input = static_cast<const T*>(params.input) + r * params.input_stride;
     const T* target = static_cast<const T*>(params.target) + r * params.target_stride;

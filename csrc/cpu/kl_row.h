@@ -130,6 +130,11 @@ struct FastSums {
   double loss() const { return A / S - (B / S - y()); }
 };
 
+// Elements of the widest vector, and from k on: whether each is one of its last k.
+constexpr int64_t kLanes = 16;
+alignas(64) constexpr float kCounts[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                   1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 // One fast sweep with fast.guess, or with the first block's maxima for a guess where that is NaN:
 // these are off by no more than the noise near convergence. False where the row must go the plain
 // way.
@@ -139,52 +144,64 @@ KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, Fas
   sums = {0, 0, 0, -INFINITY, -INFINITY};
   fast.target_shift = 0;
   float least = 1, largest = 0;
-  for_each_block(input, target, classes,
-                 [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
-                   float s_max = -INFINITY, t_max = -INFINITY;
+  for_each_block(
+      input, target, classes,
+      [&](const float* s, const float* t, int64_t n, int64_t begin) KDK_INLINED {
+        float s_max = -INFINITY, t_max = -INFINITY;
+        const auto greatest = [&](int64_t from, int64_t to) KDK_INLINED {
 #pragma omp simd reduction(max : s_max, t_max)
-                   for (int64_t j = 0; j < n; ++j) {
-                     s_max = s[j] > s_max ? s[j] : s_max;
-                     t_max = t[j] > t_max ? t[j] : t_max;
-                   }
-                   sums.input_max = s_max > sums.input_max ? s_max : sums.input_max;
-                   if (t_max > sums.target_max) {
-                     const float next = t_max * fast.target_factor;
-                     if (begin != 0) {
-                       const double rescale =
-                           std::exp2(static_cast<double>(fast.target_shift) - next);
-                       sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;
-                     }
-                     sums.target_max = t_max;
-                     fast.target_shift = next;
-                   }
-                   if (begin == 0 && std::isnan(fast.guess)) {
-                     fast.guess = (t_max - s_max) * fast.input_factor +
-                                  t_max * (fast.target_factor - fast.input_factor);
-                   }
-                   float* e_out = kStash ? stash.e.data() + begin : nullptr;
-                   float* w_out = kStash ? stash.w + begin : nullptr;
-                   stash.shift[begin / kBlock] = fast.target_shift;
-                   const FastRow row = fast;
-                   float sum = 0, excess = 0, difference = 0;
+          for (int64_t j = from; j < to; ++j) {
+            s_max = s[j] > s_max ? s[j] : s_max;
+            t_max = t[j] > t_max ? t[j] : t_max;
+          }
+        };
+        // A last vector that is not full would be taken an element at a time: it starts
+        // earlier instead, and what it has for the second time counts for nothing.
+        const int64_t whole = n < kLanes ? n : n / kLanes * kLanes;
+        greatest(0, whole);
+        if (whole < n) greatest(n - kLanes, n);
+        sums.input_max = s_max > sums.input_max ? s_max : sums.input_max;
+        if (t_max > sums.target_max) {
+          const float next = t_max * fast.target_factor;
+          if (begin != 0) {
+            const double rescale = std::exp2(static_cast<double>(fast.target_shift) - next);
+            sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;
+          }
+          sums.target_max = t_max;
+          fast.target_shift = next;
+        }
+        if (begin == 0 && std::isnan(fast.guess)) {
+          fast.guess = (t_max - s_max) * fast.input_factor +
+                       t_max * (fast.target_factor - fast.input_factor);
+        }
+        float* e_out = kStash ? stash.e.data() + begin : nullptr;
+        float* w_out = kStash ? stash.w + begin : nullptr;
+        stash.shift[begin / kBlock] = fast.target_shift;
+        const FastRow row = fast;
+        float sum = 0, excess = 0, difference = 0;
+        const auto add_up = [&](int64_t from, int64_t to, const float* counts) KDK_INLINED {
 #pragma omp simd reduction(+ : sum, excess, difference) reduction(min : least) \
     reduction(max : largest)
-                   for (int64_t j = 0; j < n; ++j) {
-                     const auto element = row.element(s[j], t[j]);
-                     const float size = std::fabs(element.x);
-                     least = element.e < least ? element.e : least;
-                     largest = size > largest ? size : largest;
-                     const float w = element.e * element.minus_1;
-                     sum += element.e;
-                     excess += element.e * element.excess;
-                     difference += w;
-                     if (kStash) {
-                       e_out[j] = element.e;
-                       w_out[j] = w;
-                     }
-                   }
-                   sums.S += sum, sums.A += excess, sums.B += difference;
-                 });
+          for (int64_t j = from; j < to; ++j) {
+            const auto element = row.element(s[j], t[j]);
+            const float size = std::fabs(element.x);
+            least = element.e < least ? element.e : least;
+            largest = size > largest ? size : largest;
+            const float w = element.e * element.minus_1;
+            const float e = counts == nullptr ? element.e : element.e * counts[j - from];
+            sum += e;
+            excess += e * element.excess;
+            difference += e * element.minus_1;
+            if (kStash) {
+              e_out[j] = element.e;
+              w_out[j] = w;
+            }
+          }
+        };
+        add_up(0, whole, nullptr);
+        if (whole < n) add_up(n - kLanes, n, kCounts + (n - whole));
+        sums.S += sum, sums.A += excess, sums.B += difference;
+      });
   // 2^100 leaves room below the largest float for the sum of a row.
   return least > kLeastExp2 && largest < 100.0f;
 }
