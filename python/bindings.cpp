@@ -460,9 +460,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_sum_of_rows", [](int dtype, Address rows, int64_t count, Address out) {
     cpu::sum_of_rows(static_cast<DType>(dtype), rows, count, out);
   });
-  static const CpuKernels kernels{cpu::kl_div,      cpu::logit_loss,   cpu::coral,
-                                  cpu::gaussian,    cpu::mmd,          cpu::scale_rows,
-                                  cpu::sum_of_rows, cpu::count_labels, cpu::prefer_huge_pages};
+  static const CpuKernels kernels{cpu::kl_div,
+                                  cpu::logit_loss,
+                                  cpu::multi_teacher_kl_div,
+                                  cpu::coral,
+                                  cpu::gaussian,
+                                  cpu::mmd,
+                                  cpu::scale_rows,
+                                  cpu::sum_of_rows,
+                                  cpu::count_labels,
+                                  cpu::prefer_huge_pages};
   m.attr("cpu_kernels") = py::capsule(&kernels, kCpuKernels);
 #ifdef KDKERNELS_WITH_CUDA
   bind_cuda(m, "cuda_kl_div", kl_div_params, cuda::kl_div);

@@ -135,6 +135,8 @@ std::optional<Reduction> reduction_of(PyObject* object) {
   return std::nullopt;
 }
 
+void* address(const at::Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; }
+
 at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
   at::Tensor out = at::empty(shape, options);
   const auto bytes = static_cast<int64_t>(out.nbytes());
@@ -162,7 +164,8 @@ struct Kept : torch::CustomClassHolder {
 
 struct Made {
   c10::intrusive_ptr<Kept> kept;
-  at::Tensor loss, labels;
+  at::Tensor loss;
+  variable_list inputs;  // all of them, as again() takes them
 };
 
 void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
@@ -173,10 +176,10 @@ void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
 }
 
 struct Loss : torch::autograd::Function<Loss> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& a, const at::Tensor& b,
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor&, const at::Tensor&,
                             const Made& made) {
     ctx->saved_data["kept"] = c10::IValue::make_capsule(made.kept);
-    ctx->save_for_backward({a, b, made.labels});
+    ctx->save_for_backward(made.inputs);
     return made.loss;
   }
 
@@ -196,9 +199,10 @@ struct Loss : torch::autograd::Function<Loss> {
     }
     const variable_list saved = ctx->get_saved_variables();
     const WithLock lock;
-    const Object inputs = checked(PyTuple_New(saved[2].defined() ? 3 : 2));
+    const auto count = static_cast<Py_ssize_t>(saved.size());
+    const Object inputs = checked(PyTuple_New(count));
     const Object needs = checked(PyTuple_New(2));
-    for (int i = 0; i < PyTuple_GET_SIZE(inputs.get()); ++i) {
+    for (Py_ssize_t i = 0; i < count; ++i) {
       PyTuple_SET_ITEM(inputs.get(), i, checked(THPVariable_Wrap(saved[i])).release());
     }
     for (int i = 0; i < 2; ++i) {
@@ -216,11 +220,11 @@ struct Loss : torch::autograd::Function<Loss> {
   }
 };
 
-// The loss as Python has it, with its node where one is wanted. args are the call's.
-PyObject* finish(const at::Tensor& a, const at::Tensor& b, const bool (&needs)[2],
-                 at::Tensor (&gradients)[2], at::Tensor loss, at::Tensor labels, PyObject* again,
+// The loss as Python has it, with its node where the first two of the inputs want one. Of the
+// call's args again() is given those from first to last.
+PyObject* finish(variable_list inputs, at::Tensor (&gradients)[2], at::Tensor loss, PyObject* again,
                  PyObject* const* args, Py_ssize_t first, Py_ssize_t last) {
-  if (!needs[0] && !needs[1]) return THPVariable_Wrap(std::move(loss));
+  if (!gradients[0].defined() && !gradients[1].defined()) return THPVariable_Wrap(std::move(loss));
   auto kept = c10::make_intrusive<Kept>();
   for (int i = 0; i < 2; ++i) kept->gradients[i] = std::move(gradients[i]);
   kept->arguments = checked(PyTuple_New(last - first));
@@ -230,8 +234,9 @@ PyObject* finish(const at::Tensor& a, const at::Tensor& b, const bool (&needs)[2
   }
   Py_INCREF(again);
   kept->again.reset(again);
+  const at::Tensor a = inputs[0], b = inputs[1];
   return THPVariable_Wrap(
-      Loss::apply(a, b, Made{std::move(kept), std::move(loss), std::move(labels)}));
+      Loss::apply(a, b, Made{std::move(kept), std::move(loss), std::move(inputs)}));
 }
 
 // Where a loss over rows goes: the rows' losses themselves, or their sum.
@@ -290,7 +295,6 @@ PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
   for (int i = 0; i < 2; ++i) {
     if (needs[i]) gradients[i] = fresh(student->sizes(), student->options());
   }
-  const auto address = [](const at::Tensor& x) { return x.defined() ? x.data_ptr() : nullptr; };
   Rows rows(*student, *reduction, q->rows, *dtype);
   KlDivParams params{};
   params.rows = q->rows;
@@ -314,8 +318,7 @@ PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
     kernels->kl_div(params, at::get_num_threads());
     rows.reduce();
   }
-  return finish(*student, *teacher, needs, gradients, std::move(rows.loss), {}, args[6], args, 2,
-                6);
+  return finish({*student, *teacher}, gradients, std::move(rows.loss), args[6], args, 2, 6);
   END_HANDLE_TH_ERRORS
 }
 
@@ -354,9 +357,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
     }
   }
 
-  const bool needs[2] = {graph && student->requires_grad(), false};
   at::Tensor gradients[2];
-  if (needs[0]) gradients[0] = fresh(student->sizes(), student->options());
+  if (graph && student->requires_grad()) gradients[0] = fresh(student->sizes(), student->options());
   Rows rows(*student, *reduction, q->rows, *dtype);
   const bool soft = divergence != Divergence::kNone;
   LogitLossParams params{};
@@ -382,7 +384,7 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   params.logit_mse = spec[10];
   params.scale = scale_of(*reduction, q->rows);
   params.loss = rows.each;
-  if (needs[0]) params.grad_input = gradients[0].data_ptr();
+  params.grad_input = address(gradients[0]);
   params.dtype = params.grad_dtype = *dtype;
   try {
     const WithoutLock unlocked;
@@ -392,8 +394,78 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
   }
-  return finish(*student, *teacher, needs, gradients, std::move(rows.loss),
-                labels == nullptr ? at::Tensor() : *labels, args[8], args, 3, 8);
+  variable_list inputs{*student, *teacher};
+  if (labels != nullptr) inputs.push_back(*labels);
+  return finish(std::move(inputs), gradients, std::move(rows.loss), args[8], args, 3, 8);
+  END_HANDLE_TH_ERRORS
+}
+
+// A number for each of `count` teachers: one for all, or a list or tuple of as many.
+bool numbers_of(PyObject* object, Py_ssize_t count, double* values) {
+  const bool many = PyList_CheckExact(object) || PyTuple_CheckExact(object);
+  if (many && PySequence_Fast_GET_SIZE(object) != count) return false;
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    const auto value = number_of(many ? PySequence_Fast_GET_ITEM(object, k) : object);
+    if (!value) return false;
+    values[k] = *value;
+  }
+  return true;
+}
+
+// (student, teachers, weights or None, temperatures, reduction, again)
+PyObject* multi_teacher_kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor* student = plain(args[0]);
+  if (student == nullptr || !(PyList_CheckExact(args[1]) || PyTuple_CheckExact(args[1]))) NOT_HERE;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(args[1]);
+  const auto dtype = dtype_of(*student);
+  const auto q = matrix_of(*student);
+  const auto reduction = reduction_of(args[4]);
+  MultiTeacherKlDivParams params{};
+  if (!dtype || !q || !reduction || count < 1 || count > kMaxTeachers ||
+      !numbers_of(args[3], count, params.temperature_values)) {
+    NOT_HERE;
+  }
+  const double scale = scale_of(*reduction, q->rows);
+  if (args[2] == Py_None) {
+    std::fill_n(params.weight_values, count, 1.0);
+  } else if (!(PyList_CheckExact(args[2]) || PyTuple_CheckExact(args[2])) ||
+             !numbers_of(args[2], count, params.weight_values)) {
+    NOT_HERE;
+  }
+  const bool graph = at::GradMode::is_enabled();
+  variable_list inputs{*student};
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    const at::Tensor* teacher = plain(PySequence_Fast_GET_ITEM(args[1], k));
+    const auto p = teacher == nullptr ? std::nullopt : matrix_of(*teacher);
+    const double temperature = params.temperature_values[k];
+    if (!p || teacher->scalar_type() != student->scalar_type() ||
+        teacher->sizes() != student->sizes() || (graph && teacher->requires_grad()) ||
+        !(temperature > 0 && temperature < INFINITY)) {
+      NOT_HERE;
+    }
+    params.targets[k] = teacher->data_ptr();
+    params.target_strides[k] = p->stride;
+    params.weight_values[k] *= scale;
+    inputs.push_back(*teacher);
+  }
+  at::Tensor gradients[2];
+  if (graph && student->requires_grad()) gradients[0] = fresh(student->sizes(), student->options());
+  Rows rows(*student, *reduction, q->rows, *dtype);
+  params.input = student->data_ptr();
+  params.loss = rows.each;
+  params.grad_input = address(gradients[0]);
+  params.rows = q->rows;
+  params.classes = q->classes;
+  params.teachers = count;
+  params.input_stride = q->stride;
+  params.dtype = *dtype;
+  {
+    const WithoutLock unlocked;
+    kernels->multi_teacher_kl_div(params, at::get_num_threads());
+    rows.reduce();
+  }
+  return finish(std::move(inputs), gradients, std::move(rows.loss), args[5], args, 2, 5);
   END_HANDLE_TH_ERRORS
 }
 
@@ -435,8 +507,8 @@ PyObject* distance(PyObject* const* args, const Run& run) {
                         nullptr,
                         nullptr,
                         loss.data_ptr(),
-                        needs[0] ? gradients[0].data_ptr() : nullptr,
-                        needs[1] ? gradients[1].data_ptr() : nullptr,
+                        address(gradients[0]),
+                        address(gradients[1]),
                         of_x->count,
                         of_x->samples,
                         of_y->samples,
@@ -447,7 +519,7 @@ PyObject* distance(PyObject* const* args, const Run& run) {
                         of_y->stride,
                         *dtype};
   if (!run(args[2], pair)) NOT_HERE;
-  return finish(*x, *y, needs, gradients, std::move(loss), {}, args[3], args, 2, 3);
+  return finish({*x, *y}, gradients, std::move(loss), args[3], args, 2, 3);
   END_HANDLE_TH_ERRORS
 }
 
@@ -494,6 +566,8 @@ PyObject* mmd(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyMethodDef methods[] = {
     {"kl_div", reinterpret_cast<PyCFunction>(kl_div), METH_FASTCALL, nullptr},
     {"logit_loss", reinterpret_cast<PyCFunction>(logit_loss), METH_FASTCALL, nullptr},
+    {"multi_teacher_kl_div", reinterpret_cast<PyCFunction>(multi_teacher_kl_div), METH_FASTCALL,
+     nullptr},
     {"coral", reinterpret_cast<PyCFunction>(coral), METH_FASTCALL, nullptr},
     {"gaussian", reinterpret_cast<PyCFunction>(gaussian), METH_FASTCALL, nullptr},
     {"mmd", reinterpret_cast<PyCFunction>(mmd), METH_FASTCALL, nullptr},

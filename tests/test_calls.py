@@ -37,6 +37,17 @@ LOSSES = {
         kdkernels.distillation_loss, labels=LABELS, label_smoothing=0.1, z_loss=0.01, logit_mse_weight=0.2
     ),
 }
+THIRD = torch.randn(5, 7, generator=torch.Generator().manual_seed(9))
+
+
+def several(x, y, **options):
+    return kdkernels.multi_teacher_kl_div(x, [y, THIRD.to(y.dtype)], **options)
+
+
+LOSSES |= {
+    "several teachers": partial(several, weights=(0.3, 2), temperatures=[2.0, 0.5]),
+    "several teachers, rows": partial(several, temperatures=3, reduction="none"),
+}
 DISTANCES = {
     "gaussian_wasserstein": kdkernels.gaussian_wasserstein,
     "gaussian_kl": partial(kdkernels.gaussian_kl, eps=0.1),
@@ -183,6 +194,20 @@ def test_what_is_left_to_python():
     assert not is_common(kdkernels.dkd(x, y, None)) and not is_common(
         kdkernels.dkd(x, y.requires_grad_(), LABELS)
     )
+    several = kdkernels.multi_teacher_kl_div
+    z = y.detach()
+    for teachers, options in (
+        ([z, y], {}),  # one that wants a gradient
+        (torch.stack([z, z]), {}),
+        ([z, z], {"weights": torch.ones(2)}),
+        ([z, z], {"temperatures": torch.ones(2)}),
+        ([z, z], {"return_terms": True}),
+        ([z, z], {"teacher_mask": torch.tensor([True, True])}),
+    ):
+        loss = several(x, teachers, **options)
+        loss = loss[0] if options.get("return_terms") else loss
+        assert not is_common(loss)
+        torch.testing.assert_close(loss, 2 * kdkernels.kl_div(x, z), rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_common(kdkernels.kl_div(x, y))
     with Watching() as mode:
@@ -278,6 +303,9 @@ def test_errors():
     ):
         with pytest.raises(ValueError):
             kdkernels.kl_div(x, y, **options)
+    for options in ({"weights": [1.0]}, {"temperatures": [1.0, 0.0]}, {"temperatures": (1.0,)}):
+        with pytest.raises(ValueError):
+            kdkernels.multi_teacher_kl_div(x, [y, y], **options)
     with pytest.raises(ValueError, match="positive"):
         kdkernels.kl_div(x, y, teacher_temperature=-1)
 

@@ -16,7 +16,7 @@ Again = Callable[[tuple[Any, ...], Sequence[Tensor], Sequence[bool], Tensor], Se
 # Each gives the loss, or None for what is left to Python.
 COMMON: dict[str, Callable[..., Tensor | None]] = {
     name: getattr(CALLS, name)
-    for name in ("kl_div", "logit_loss", "coral", "gaussian", "mmd")
+    for name in ("kl_div", "logit_loss", "multi_teacher_kl_div", "coral", "gaussian", "mmd")
     if CALLS is not None
 }
 

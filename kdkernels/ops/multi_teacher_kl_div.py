@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.ops.calls import COMMON, again_by
 from kdkernels.ops.kl_div import kl_div_reference, run_kl_div
 from kdkernels.ops.rows import (
     as_matrix,
@@ -291,6 +292,44 @@ def multi_teacher_kl_div(
 
     >>> kdkernels.multi_teacher_kl_div(student, [teacher, assistant], weights=[0.7, 0.3], temperatures=4.0)
     """
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and (common := COMMON.get("multi_teacher_kl_div"))
+        and mask is None
+        and teacher_mask is None
+        and row_weights is None
+        and not return_terms
+        and (backend is None or backend == "cpu")
+    ):
+        found = common(student, teachers, weights, temperatures, reduction, _again)
+        if found is not None:
+            return found
+    return _multi_teacher_kl_div(
+        student,
+        teachers,
+        weights,
+        temperatures,
+        reduction,
+        mask,
+        teacher_mask,
+        row_weights,
+        return_terms,
+        backend,
+    )
+
+
+def _multi_teacher_kl_div(
+    student: Tensor,
+    teachers: Sequence[Tensor] | Tensor,
+    weights: Sequence[float] | Tensor | None,
+    temperatures: Values,
+    reduction: str,
+    mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    return_terms: bool = False,
+    backend: str | None = "cpu",
+) -> Tensor | tuple[Tensor, Tensor]:
     check_student(student)
     teachers = _check_teachers(student, teachers)
     check_reduction(reduction)
@@ -370,6 +409,14 @@ def multi_teacher_kl_div(
         return loss
     losses = losses * (scale if row_scale is None else row_scale.detach())
     return loss, losses.view(count, *rows) if reduction == "none" else losses.sum(1)
+
+
+def _by_python(student: Tensor, *rest: Any) -> Any:
+    *teachers, weights, temperatures, reduction = rest
+    return _multi_teacher_kl_div(student, teachers, weights, temperatures, reduction)
+
+
+_again = again_by(_by_python)
 
 
 def _check_teachers(student: Tensor, teachers: Any) -> list[Tensor]:
