@@ -117,7 +117,6 @@ MUTATIONS = [
     Mutation("cpu: sign of the gradient", CPU_ROW, "a * w_j - b * element.e", "b * element.e - a * w_j", grid("cpu")),
     Mutation("cpu: last class skipped", CPU_BLOCKS, "std::min(kBlock, classes - begin)", "std::min(kBlock, classes - 1 - begin)", grid("cpu")),
     Mutation("cpu: the last vector counted twice", CPU_ROW, "kCounts + (n - whole)", "kCounts + kLanes", grid("cpu")),
-    Mutation("cpu: the last vector's maximum not looked at", CPU_ROW, "if (whole < n) greatest(n - kLanes, n);", "", grid("cpu", "last_class")),
     Mutation("cpu: mask ignored", CPU, "params.mask != nullptr &&", "false &&", grid("cpu")),
     Mutation("cpu: 1/T missing in the gradient", CPU, "sums, scale * input_inverse, stash", "sums, scale, stash", grid("cpu")),
     Mutation("cpu: later blocks on the first one's scale", CPU_ROW, "sums.S *= rescale, sums.A *= rescale, sums.B *= rescale;", "", grid("cpu", "mass")),
