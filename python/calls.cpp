@@ -146,9 +146,11 @@ at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
 
 // What the node keeps: the gradients that the forward computed, which the first backward hands out
 // where no graph of it is wanted; and how Python computes them otherwise, as
-// again(arguments, inputs, needs, grad_output).
+// again(arguments, inputs, needs, grad_output), `needs` and what it gives being of the first
+// inputs.
 struct Kept : torch::CustomClassHolder {
-  at::Tensor gradients[2];
+  variable_list gradients;  // of the first inputs; undefined where none is wanted
+  std::vector<int> places;  // among the inputs, of those that autograd knows
   bool at_hand = true;
   Object again, arguments;
 
@@ -165,7 +167,7 @@ struct Kept : torch::CustomClassHolder {
 struct Made {
   c10::intrusive_ptr<Kept> kept;
   at::Tensor loss;
-  variable_list inputs;  // all of them, as again() takes them
+  variable_list inputs;  // all of them, as again() takes them: undefined for None
 };
 
 void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
@@ -176,8 +178,7 @@ void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
 }
 
 struct Loss : torch::autograd::Function<Loss> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor&, const at::Tensor&,
-                            const Made& made) {
+  static at::Tensor forward(AutogradContext* ctx, at::TensorList, const Made& made) {
     ctx->saved_data["kept"] = c10::IValue::make_capsule(made.kept);
     ctx->save_for_backward(made.inputs);
     return made.loss;
@@ -186,14 +187,15 @@ struct Loss : torch::autograd::Function<Loss> {
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const auto capsule = ctx->saved_data["kept"].toCapsule();
     auto& kept = static_cast<Kept&>(*capsule);
-    variable_list found(3);
+    variable_list found(kept.places.size() + 1);  // the last is Made's
     if (kept.at_hand && !at::GradMode::is_enabled()) {
       kept.at_hand = false;
       const at::Tensor scale = upstream[0].dim() > 1 ? upstream[0].reshape({-1}) : upstream[0];
-      for (int i = 0; i < 2; ++i) {
-        if (!kept.gradients[i].defined()) continue;
-        scale_in_place(kept.gradients[i], scale);
-        found[i] = std::move(kept.gradients[i]);
+      for (size_t i = 0; i < kept.places.size(); ++i) {
+        at::Tensor& gradient = kept.gradients[kept.places[i]];
+        if (!gradient.defined()) continue;
+        scale_in_place(gradient, scale);
+        found[i] = std::move(gradient);
       }
       return found;
     }
@@ -201,32 +203,43 @@ struct Loss : torch::autograd::Function<Loss> {
     const WithLock lock;
     const auto count = static_cast<Py_ssize_t>(saved.size());
     const Object inputs = checked(PyTuple_New(count));
-    const Object needs = checked(PyTuple_New(2));
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyTuple_SET_ITEM(inputs.get(), i, checked(THPVariable_Wrap(saved[i])).release());
     }
-    for (int i = 0; i < 2; ++i) {
-      PyTuple_SET_ITEM(needs.get(), i, PyBool_FromLong(ctx->needs_input_grad(i)));
+    const Object needs = checked(PyList_New(static_cast<Py_ssize_t>(kept.gradients.size())));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(needs.get()); ++i) {
+      PyList_SET_ITEM(needs.get(), i, PyBool_FromLong(0));
+    }
+    for (size_t i = 0; i < kept.places.size(); ++i) {
+      PyList_SetItem(needs.get(), kept.places[i], PyBool_FromLong(ctx->needs_input_grad(i)));
     }
     const Object grad_output = checked(THPVariable_Wrap(upstream[0]));
     const Object result =
         checked(PyObject_CallFunctionObjArgs(kept.again.get(), kept.arguments.get(), inputs.get(),
                                              needs.get(), grad_output.get(), nullptr));
-    for (int i = 0; i < 2; ++i) {
-      const Object gradient = checked(PySequence_GetItem(result.get(), i));
+    for (size_t i = 0; i < kept.places.size(); ++i) {
+      const Object gradient = checked(PySequence_GetItem(result.get(), kept.places[i]));
       if (gradient.get() != Py_None) found[i] = THPVariable_Unpack(gradient.get());
     }
     return found;
   }
 };
 
-// The loss as Python has it, with its node where the first two of the inputs want one. Of the
-// call's args again() is given those from first to last.
-PyObject* finish(variable_list inputs, at::Tensor (&gradients)[2], at::Tensor loss, PyObject* again,
+// The loss as Python has it, with its node where there are gradients, which are those of the first
+// inputs. Of the call's args again() is given those from first to last.
+PyObject* finish(variable_list inputs, variable_list gradients, at::Tensor loss, PyObject* again,
                  PyObject* const* args, Py_ssize_t first, Py_ssize_t last) {
-  if (!gradients[0].defined() && !gradients[1].defined()) return THPVariable_Wrap(std::move(loss));
   auto kept = c10::make_intrusive<Kept>();
-  for (int i = 0; i < 2; ++i) kept->gradients[i] = std::move(gradients[i]);
+  variable_list known;
+  bool any = false;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    any = any || gradients[i].defined();
+    if (!inputs[i].defined()) continue;
+    known.push_back(inputs[i]);
+    kept->places.push_back(static_cast<int>(i));
+  }
+  if (!any) return THPVariable_Wrap(std::move(loss));
+  kept->gradients = std::move(gradients);
   kept->arguments = checked(PyTuple_New(last - first));
   for (Py_ssize_t i = first; i < last; ++i) {
     Py_INCREF(args[i]);
@@ -234,9 +247,8 @@ PyObject* finish(variable_list inputs, at::Tensor (&gradients)[2], at::Tensor lo
   }
   Py_INCREF(again);
   kept->again.reset(again);
-  const at::Tensor a = inputs[0], b = inputs[1];
-  return THPVariable_Wrap(
-      Loss::apply(a, b, Made{std::move(kept), std::move(loss), std::move(inputs)}));
+  return THPVariable_Wrap(Loss::apply(at::TensorList(known),
+                                      Made{std::move(kept), std::move(loss), std::move(inputs)}));
 }
 
 // Where a loss over rows goes: the rows' losses themselves, or their sum.
@@ -291,7 +303,7 @@ PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
   }
   const bool graph = at::GradMode::is_enabled();
   const bool needs[2] = {graph && student->requires_grad(), graph && teacher->requires_grad()};
-  at::Tensor gradients[2];
+  variable_list gradients(2);
   for (int i = 0; i < 2; ++i) {
     if (needs[i]) gradients[i] = fresh(student->sizes(), student->options());
   }
@@ -318,8 +330,95 @@ PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
     kernels->kl_div(params, at::get_num_threads());
     rows.reduce();
   }
-  return finish({*student, *teacher}, gradients, std::move(rows.loss), args[6], args, 2, 6);
+  return finish({*student, *teacher}, std::move(gradients), std::move(rows.loss), args[6], args, 2,
+                6);
   END_HANDLE_TH_ERRORS
+}
+
+// Spec of kdkernels/ops/divergences.py.
+struct Spec {
+  double values[11];
+
+  explicit Spec(PyObject* tuple) {
+    for (int i = 0; i < 11; ++i) values[i] = double_of(PyTuple_GET_ITEM(tuple, i));
+  }
+  Divergence divergence() const { return static_cast<Divergence>(static_cast<int32_t>(values[0])); }
+  bool of_labels() const {
+    return divergence() >= Divergence::kDecoupled && divergence() <= Divergence::kReverseNormalized;
+  }
+  bool reads_target() const { return divergence() != Divergence::kNone || values[10] != 0; }
+
+  // What the kernel has of it.
+  LogitLossParams params(int64_t classes, double input_temperature,
+                         double target_temperature) const {
+    LogitLossParams params{};
+    const bool soft = divergence() != Divergence::kNone;
+    params.input_temperature_value = soft ? input_temperature : 1.0;
+    params.target_temperature_value = soft ? target_temperature : 1.0;
+    params.divergence = divergence();
+    params.first = values[1];
+    params.second = of_labels() && classes == 2 ? 0.0 : values[2];
+    params.mix = values[3];
+    params.standardize = values[4] != 0;
+    params.soft_scale_value = values[5];
+    if (values[6] != 0) {
+      params.soft_scale_value *= params.input_temperature_value * params.input_temperature_value;
+    }
+    params.hard_weight = values[7];
+    params.label_smoothing = values[8];
+    params.z_loss = values[9];
+    params.logit_mse = values[10];
+    return params;
+  }
+};
+
+// The spec seen from the teacher's side: as `exchanged` in kdkernels/ops/divergences.py.
+LogitLossParams exchanged(LogitLossParams params) {
+  switch (params.divergence) {
+    case Divergence::kKl:
+      params.divergence = Divergence::kReverseKl;
+      break;
+    case Divergence::kReverseKl:
+      params.divergence = Divergence::kKl;
+      break;
+    case Divergence::kDecoupled:
+      params.divergence = Divergence::kReverseDecoupled;
+      break;
+    case Divergence::kReverseDecoupled:
+      params.divergence = Divergence::kDecoupled;
+      break;
+    case Divergence::kNormalized:
+      params.divergence = Divergence::kReverseNormalized;
+      break;
+    case Divergence::kReverseNormalized:
+      params.divergence = Divergence::kNormalized;
+      break;
+    case Divergence::kMixture:
+      std::swap(params.first, params.second);
+      params.mix = 1 - params.mix;
+      break;
+    default:
+      break;
+  }
+  std::swap(params.input_temperature_value, params.target_temperature_value);
+  params.hard_weight = params.label_smoothing = params.z_loss = 0;
+  return params;
+}
+
+// Whether the labels of a call, None or (...) of `student` (..., N or D), are of a kind that is
+// done here: int64, side by side, none of them ignored.
+bool labels_fit(PyObject* object, PyObject* ignore, const Spec& spec, const at::Tensor& student,
+                int64_t rows, const at::Tensor*& labels) {
+  if (!PyLong_CheckExact(ignore)) return false;
+  if (object == Py_None) {
+    return !spec.of_labels() && spec.divergence() != Divergence::kStatistics;
+  }
+  labels = plain(object);
+  const long ignore_index = PyLong_AsLong(ignore);
+  if (ignore_index == -1 && PyErr_Occurred() != nullptr) raise();
+  return labels != nullptr && labels->scalar_type() == at::kLong && labels->is_contiguous() &&
+         labels->sizes() == student.sizes().slice(0, student.dim() - 1) &&
+         kernels->count_labels(labels->const_data_ptr<int64_t>(), rows, ignore_index) == 0;
 }
 
 // (student, teacher, labels or None, spec, temperature, teacher_temperature or None, ignore_index,
@@ -335,53 +434,23 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   const auto reduction = reduction_of(args[7]);
   const bool graph = at::GradMode::is_enabled();
   if (!dtype || !q || !p || !q_temperature || !p_temperature || !reduction ||
-      !PyLong_CheckExact(args[6]) || student->scalar_type() != teacher->scalar_type() ||
-      student->sizes() != teacher->sizes() || (graph && teacher->requires_grad())) {
+      student->scalar_type() != teacher->scalar_type() || student->sizes() != teacher->sizes() ||
+      (graph && teacher->requires_grad())) {
     NOT_HERE;
   }
-  double spec[11];
-  for (int i = 0; i < 11; ++i) spec[i] = double_of(PyTuple_GET_ITEM(args[3], i));
-  const auto divergence = static_cast<Divergence>(static_cast<int32_t>(spec[0]));
-  const bool of_labels =
-      divergence >= Divergence::kDecoupled && divergence <= Divergence::kReverseNormalized;
-  const at::Tensor* labels = args[2] == Py_None ? nullptr : plain(args[2]);
-  if (labels == nullptr) {
-    if (args[2] != Py_None || of_labels || divergence == Divergence::kStatistics) NOT_HERE;
-  } else {
-    const long ignore_index = PyLong_AsLong(args[6]);
-    if (ignore_index == -1 && PyErr_Occurred() != nullptr) raise();
-    if (labels->scalar_type() != at::kLong || !labels->is_contiguous() ||
-        labels->sizes() != student->sizes().slice(0, student->dim() - 1) ||
-        kernels->count_labels(labels->const_data_ptr<int64_t>(), q->rows, ignore_index) != 0) {
-      NOT_HERE;
-    }
-  }
+  const Spec spec(args[3]);
+  const at::Tensor* labels = nullptr;
+  if (!labels_fit(args[2], args[6], spec, *student, q->rows, labels)) NOT_HERE;
 
-  at::Tensor gradients[2];
+  variable_list gradients(1);
   if (graph && student->requires_grad()) gradients[0] = fresh(student->sizes(), student->options());
   Rows rows(*student, *reduction, q->rows, *dtype);
-  const bool soft = divergence != Divergence::kNone;
-  LogitLossParams params{};
+  LogitLossParams params = spec.params(q->classes, *q_temperature, *p_temperature);
   params.rows = q->rows;
   params.classes = params.grad_stride = q->classes;
   params.input = student->data_ptr(), params.input_stride = q->stride;
-  if (soft || spec[10] != 0) params.target = teacher->data_ptr(), params.target_stride = p->stride;
+  if (spec.reads_target()) params.target = teacher->data_ptr(), params.target_stride = p->stride;
   if (labels != nullptr) params.labels = labels->const_data_ptr<int64_t>();
-  params.input_temperature_value = soft ? *q_temperature : 1.0;
-  params.target_temperature_value = soft ? *p_temperature : 1.0;
-  params.divergence = divergence;
-  params.first = spec[1];
-  params.second = of_labels && q->classes == 2 ? 0.0 : spec[2];
-  params.mix = spec[3];
-  params.standardize = spec[4] != 0;
-  params.soft_scale_value = spec[5];
-  if (spec[6] != 0) {
-    params.soft_scale_value *= params.input_temperature_value * params.input_temperature_value;
-  }
-  params.hard_weight = spec[7];
-  params.label_smoothing = spec[8];
-  params.z_loss = spec[9];
-  params.logit_mse = spec[10];
   params.scale = scale_of(*reduction, q->rows);
   params.loss = rows.each;
   params.grad_input = address(gradients[0]);
@@ -394,9 +463,117 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
   }
-  variable_list inputs{*student, *teacher};
-  if (labels != nullptr) inputs.push_back(*labels);
-  return finish(std::move(inputs), gradients, std::move(rows.loss), args[8], args, 3, 8);
+  return finish({*student, *teacher, labels == nullptr ? at::Tensor() : *labels},
+                std::move(gradients), std::move(rows.loss), args[8], args, 3, 8);
+  END_HANDLE_TH_ERRORS
+}
+
+// One side of a linear loss: hidden states, head and bias (None: undefined), from args on.
+struct Side {
+  at::Tensor tensors[3];
+  Matrix x, weight;
+
+  // False where it is not done here.
+  bool take(PyObject* const* args) {
+    for (int i = 0; i < 3; ++i) {
+      if (args[i] == Py_None && i == 2) continue;
+      const at::Tensor* tensor = plain(args[i]);
+      if (tensor == nullptr) return false;
+      tensors[i] = *tensor;
+    }
+    const auto of_x = matrix_of(tensors[0]), of_weight = matrix_of(tensors[1]);
+    if (!of_x || !of_weight || tensors[1].dim() != 2) return false;
+    x = *of_x, weight = *of_weight;
+    const at::Tensor& bias = tensors[2];
+    return tensors[0].scalar_type() == tensors[1].scalar_type() && x.classes == weight.classes &&
+           (!bias.defined() || (bias.scalar_type() == tensors[0].scalar_type() && bias.dim() == 1 &&
+                                bias.numel() == weight.rows && bias.is_contiguous()));
+  }
+
+  LinearSide params(DType dtype, const at::Tensor* gradients) const {
+    return {address(tensors[0]),
+            address(tensors[1]),
+            address(tensors[2]),
+            address(gradients[0]),
+            address(gradients[1]),
+            address(gradients[2]),
+            x.classes,
+            x.stride,
+            weight.stride,
+            dtype,
+            dtype};
+  }
+};
+
+// As kdkernels/ops/linear_loss.py has them: classes of a head, and multiplications of a call, that
+// one kernel is the best way for whatever the processor's library can do.
+constexpr int64_t kSmallHead = 4096, kFew = int64_t{1} << 23, kFewLogits = int64_t{1} << 20;
+
+// (student, weight, bias or None, teacher, teacher_weight, teacher_bias or None, labels or None,
+// spec, temperature, teacher_temperature or None, ignore_index, reduction, again)
+PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  Side student, teacher;
+  if (!student.take(args) || !teacher.take(args + 3)) NOT_HERE;
+  const auto dtype = dtype_of(student.tensors[0]);
+  const auto q_temperature = temperature_of(args[8]);
+  const auto p_temperature = args[9] == Py_None ? q_temperature : temperature_of(args[9]);
+  const auto reduction = reduction_of(args[11]);
+  const int64_t rows = student.x.rows, classes = student.weight.rows;
+  const auto rows_of = [](const at::Tensor& x) { return x.sizes().slice(0, x.dim() - 1); };
+  if (!dtype || *dtype == DType::kFloat16 || !q_temperature || !p_temperature || !reduction ||
+      *reduction == Reduction::kNone ||
+      student.tensors[0].scalar_type() != teacher.tensors[0].scalar_type() ||
+      rows_of(student.tensors[0]) != rows_of(teacher.tensors[0]) ||
+      classes != teacher.weight.rows || classes > kSmallHead || rows * classes > kFewLogits ||
+      rows * classes * (student.x.classes + teacher.x.classes) > kFew ||
+      (args[1] == args[4] && args[2] == args[5])) {  // one head for both has one gradient
+    NOT_HERE;
+  }
+  const Spec spec(args[7]);
+  const at::Tensor* labels = nullptr;
+  if (!spec.reads_target() ||
+      !labels_fit(args[6], args[10], spec, student.tensors[0], rows, labels)) {
+    NOT_HERE;
+  }
+
+  const bool graph = at::GradMode::is_enabled();
+  variable_list inputs, gradients(6);
+  bool of_teacher = false;
+  for (int i = 0; i < 6; ++i) {
+    inputs.push_back((i < 3 ? student : teacher).tensors[i % 3]);
+    const at::Tensor& x = inputs[i];
+    if (!graph || !x.defined() || !x.requires_grad()) continue;
+    of_teacher = of_teacher || i >= 3;
+    const auto summed = i % 3 == 2 ? statistics_of(*dtype) : x.scalar_type();
+    gradients[i] = at::empty(x.sizes(), x.options().dtype(summed));
+  }
+  inputs.push_back(labels == nullptr ? at::Tensor() : *labels);
+  Rows sum(student.tensors[0], *reduction, rows, *dtype);
+  SmallLinearLossParams params{};
+  LogitLossParams& loss = params.losses[0];
+  loss = spec.params(classes, *q_temperature, *p_temperature);
+  loss.rows = rows;
+  loss.classes = classes;
+  loss.scale = scale_of(*reduction, rows);
+  if (labels != nullptr) loss.labels = labels->const_data_ptr<int64_t>();
+  params.losses[1] = of_teacher ? exchanged(loss) : loss;
+  loss.loss = sum.each;
+  params.sides[0] = student.params(*dtype, gradients.data());
+  params.sides[1] = teacher.params(*dtype, gradients.data() + 3);
+  try {
+    const WithoutLock unlocked;
+    kernels->small_linear_loss(params, at::get_num_threads());
+    sum.reduce();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+  for (int i = 0; i < 6; ++i) {
+    if (gradients[i].defined()) gradients[i] = gradients[i].to(inputs[i].scalar_type());
+  }
+  return finish(std::move(inputs), std::move(gradients), std::move(sum.loss), args[12], args, 7,
+                12);
   END_HANDLE_TH_ERRORS
 }
 
@@ -449,7 +626,7 @@ PyObject* multi_teacher_kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
     params.weight_values[k] *= scale;
     inputs.push_back(*teacher);
   }
-  at::Tensor gradients[2];
+  variable_list gradients(1);
   if (graph && student->requires_grad()) gradients[0] = fresh(student->sizes(), student->options());
   Rows rows(*student, *reduction, q->rows, *dtype);
   params.input = student->data_ptr();
@@ -465,7 +642,7 @@ PyObject* multi_teacher_kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
     kernels->multi_teacher_kl_div(params, at::get_num_threads());
     rows.reduce();
   }
-  return finish(std::move(inputs), gradients, std::move(rows.loss), args[5], args, 2, 5);
+  return finish(std::move(inputs), std::move(gradients), std::move(rows.loss), args[5], args, 2, 5);
   END_HANDLE_TH_ERRORS
 }
 
@@ -496,7 +673,7 @@ PyObject* distance(PyObject* const* args, const Run& run) {
   const bool needs[2] = {graph && x->requires_grad(), graph && y->requires_grad()};
   // float16 has no range for a gradient that is still to meet its upstream gradient.
   if (!dtype || !of_x || !of_y || (*dtype == DType::kFloat16 && (needs[0] || needs[1]))) NOT_HERE;
-  at::Tensor gradients[2];
+  variable_list gradients(2);
   if (needs[0]) gradients[0] = fresh(x->sizes(), x->options());
   if (needs[1]) gradients[1] = fresh(y->sizes(), y->options());
   at::Tensor loss =
@@ -519,7 +696,7 @@ PyObject* distance(PyObject* const* args, const Run& run) {
                         of_y->stride,
                         *dtype};
   if (!run(args[2], pair)) NOT_HERE;
-  return finish({*x, *y}, gradients, std::move(loss), args[3], args, 2, 3);
+  return finish({*x, *y}, std::move(gradients), std::move(loss), args[3], args, 2, 3);
   END_HANDLE_TH_ERRORS
 }
 
@@ -568,6 +745,7 @@ PyMethodDef methods[] = {
     {"logit_loss", reinterpret_cast<PyCFunction>(logit_loss), METH_FASTCALL, nullptr},
     {"multi_teacher_kl_div", reinterpret_cast<PyCFunction>(multi_teacher_kl_div), METH_FASTCALL,
      nullptr},
+    {"linear_loss", reinterpret_cast<PyCFunction>(linear_loss), METH_FASTCALL, nullptr},
     {"coral", reinterpret_cast<PyCFunction>(coral), METH_FASTCALL, nullptr},
     {"gaussian", reinterpret_cast<PyCFunction>(gaussian), METH_FASTCALL, nullptr},
     {"mmd", reinterpret_cast<PyCFunction>(mmd), METH_FASTCALL, nullptr},

@@ -116,6 +116,114 @@ def test_equal_to_the_way_through_python(name, dtype):
     assert torch.equal(function(x, y), in_python(function)(x, y)) and not function(x, y).requires_grad
 
 
+LINEAR = {
+    "kl": partial(kdkernels.linear_kl_div, temperature=2.0, teacher_temperature=3.0),
+    "reverse, sum": partial(kdkernels.linear_kl_div, reverse=True, reduction="sum"),
+    "standardize": partial(kdkernels.linear_kl_div, standardize=True, temperature=2),
+    "whole": partial(
+        kdkernels.linear_distillation_loss,
+        labels=LABELS,
+        temperature=3.0,
+        soft_weight=0.7,
+        hard_weight=0.4,
+        label_smoothing=0.1,
+        z_loss=0.01,
+        logit_mse_weight=0.2,
+    ),
+    "jsd": partial(kdkernels.linear_distillation_loss, labels=LABELS, soft="jsd", beta=0.3, hard_weight=0.1),
+    "dkd": partial(kdkernels.linear_distillation_loss, labels=LABELS, soft="dkd"),
+    "nkd": partial(kdkernels.linear_distillation_loss, labels=LABELS, soft="nkd"),
+}
+
+
+def heads(dtype=torch.float32, biases=(True, True)) -> list[Tensor | None]:
+    """Student, its head and bias; teacher, its head and bias."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(5, 8), (7, 8), (7,), (5, 6), (7, 6), (7,)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [None if i % 3 == 2 and not biases[i // 3] else x for i, x in enumerate(tensors)]
+
+
+def linear(function, tensors):
+    x, weight, bias, y, teacher_weight, teacher_bias = tensors
+    return function(x, weight, y, teacher_weight, student_bias=bias, teacher_bias=teacher_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_losses(name, dtype):
+    for biases in [(True, True), (False, True), (True, False)]:
+        for needs in [(1, 1, 1, 1, 1, 1), (1, 0, 0, 0, 0, 0), (0, 1, 1, 0, 0, 0), (1, 0, 0, 0, 1, 1)]:
+            tensors = [
+                None if x is None else x.requires_grad_(bool(need))
+                for x, need in zip(heads(dtype, biases), needs)
+            ]
+            wanted = [x for x in tensors if x is not None and x.requires_grad]
+            loss = linear(LINEAR[name], tensors)
+            expected = in_python(linear)(LINEAR[name], tensors)
+            assert is_common(loss) is (dtype != torch.float16) and not is_common(expected)
+            assert loss.dtype == expected.dtype and torch.equal(loss, expected)
+            upstream = torch.tensor(1.7, dtype=loss.dtype)
+            grads = [torch.autograd.grad(loss, wanted, upstream, retain_graph=True) for _ in range(2)]
+            for each in grads:
+                assert_same(each, torch.autograd.grad(expected, wanted, upstream, retain_graph=True))
+    with torch.no_grad():
+        assert torch.equal(linear(LINEAR[name], tensors), in_python(linear)(LINEAR[name], tensors))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_double_backward_of_linear_losses(name):
+    def penalty(run):
+        tensors = [x.requires_grad_() for x in heads(torch.float64)]
+        grads = torch.autograd.grad(run(LINEAR[name], tensors), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    assert_same(penalty(linear), penalty(in_python(linear)))
+
+
+def test_linear_losses_that_are_left_to_python():
+    x, weight, bias, y, teacher_weight, _ = heads()
+    x.requires_grad_()
+    for options in (
+        {"mask": torch.ones(5, dtype=torch.bool)},
+        {"weights": torch.ones(5)},
+        {"temperature": torch.tensor(1.0)},
+        {"softcap": 1e6},
+        {"logit_scale": 1.0},
+        {"chunk_rows": 2},
+        {"strategy": "chunks"},
+        {"valid_classes": 7},
+        {"backend": "reference"},
+    ):
+        loss = kdkernels.linear_kl_div(x, weight, y, teacher_weight, **options)
+        assert not is_common(loss), options
+        plain = kdkernels.linear_kl_div(x, weight, y, teacher_weight)
+        assert is_common(plain)
+        torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-5)
+    z = torch.randn(5, 8)
+    one = kdkernels.linear_kl_div(x, weight.requires_grad_(), z, weight)
+    assert not is_common(one)
+    many = kdkernels.linear_kl_div(
+        torch.ones(4096, 64, requires_grad=True), torch.ones(64, 64), torch.ones(4096, 64), torch.ones(64, 64)
+    )
+    assert not is_common(many)
+    ignored = torch.where(LABELS == 4, -100, LABELS)
+    loss = kdkernels.linear_distillation_loss(x, weight, y, teacher_weight, ignored)
+    assert not is_common(loss)
+    for arguments in (
+        (x, weight, y, weight),
+        (x, weight.double(), y, teacher_weight),
+        (x, weight, y[:4], teacher_weight),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            kdkernels.linear_kl_div(*arguments)
+    for bad in (bias[:6], bias.double()):
+        with pytest.raises((ValueError, TypeError)):
+            kdkernels.linear_kl_div(x, weight, y, teacher_weight, student_bias=bad)
+    with pytest.raises(ValueError, match="labels must be in"):
+        kdkernels.linear_distillation_loss(x, weight, y, teacher_weight, LABELS + 1, hard_weight=0.5)
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (1, 7), (3, 2, 2, 7)], ids=str)
 def test_shapes(shape):
     x, y = batch(shape=shape)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kdkernels.backend import CALLS
 
-Again = Callable[[tuple[Any, ...], Sequence[Tensor], Sequence[bool], Tensor], Sequence[Tensor | None]]
+Again = Callable[[tuple[Any, ...], Sequence[Tensor | None], Sequence[bool], Tensor], Sequence[Tensor | None]]
 
 
 # Each gives the loss, or None for what is left to Python.
 COMMON: dict[str, Callable[..., Tensor | None]] = {
     name: getattr(CALLS, name)
-    for name in ("kl_div", "logit_loss", "multi_teacher_kl_div", "coral", "gaussian", "mmd")
+    for name in ("kl_div", "logit_loss", "multi_teacher_kl_div", "linear_loss", "coral", "gaussian", "mmd")
     if CALLS is not None
 }
 
@@ -26,16 +26,16 @@ def again_by(function: Callable[..., Tensor]) -> Again:
 
     def again(
         arguments: tuple[Any, ...],
-        inputs: Sequence[Tensor],
-        needs: Sequence[bool],  # of the first two inputs
+        inputs: Sequence[Tensor | None],
+        needs: Sequence[bool],  # of the first inputs
         grad_output: Tensor,
     ) -> Sequence[Tensor | None]:
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views: the hooks of the inputs themselves run once, with what this returns.
-            inputs = [x.view_as(x) for x in inputs]
+            inputs = [x if x is None else x.view_as(x) for x in inputs]
             loss = function(*inputs, *arguments)
-            wanted = [x for x, need in zip(inputs, needs) if need]
+            wanted = [x for x, need in zip(inputs, needs) if x is not None and need]
             found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=twice))
         return [next(found) if need else None for need in needs]
 

@@ -48,6 +48,7 @@ from kdkernels.backend import (
     unobserved,
 )
 from kdkernels.ops import projection
+from kdkernels.ops.calls import COMMON, again_by
 from kdkernels.ops.divergences import (
     KL,
     MIXTURE,
@@ -1118,6 +1119,83 @@ def linear_loss(
         loss = loss.view(shape)
         terms = None if terms is None else terms.view(5, *shape)
     return loss, terms
+
+
+# The options that leave a call to Python, where they are given.
+_RARE = (
+    "log_probs",
+    "indices",
+    "softcap",
+    "teacher_softcap",
+    "logit_scale",
+    "teacher_logit_scale",
+    "mask",
+    "weights",
+    "valid_classes",
+    "teacher_valid_classes",
+    "strategy",
+    "chunk_rows",
+)
+
+
+def common_linear_loss(
+    student: Tensor,
+    weight: Tensor,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    options: Mapping[str, Any],
+) -> Tensor | None:
+    """The loss by one call in C++, or None for what is left to `linear_loss` of the same arguments."""
+    common = None if torch.compiler.is_dynamo_compiling() else COMMON.get("linear_loss")
+    if (
+        common is None
+        or options.get("backend") not in (None, "cpu")
+        or options.get("with_terms")
+        or options.get("tail", "bucket") != "bucket"
+        or any(options.get(name) is not None for name in _RARE)
+    ):
+        return None
+    get = options.get
+    sides = (student, weight, get("bias"), teacher, teacher_weight, get("teacher_bias"))
+    temperatures = (get("temperature", 1.0), get("teacher_temperature"))
+    rest = (get("ignore_index", -100), get("reduction", "batchmean"))
+    return common(*sides, labels, spec, *temperatures, *rest, _again)
+
+
+def _of_tensors(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    spec: Spec,
+    temperature: float,
+    teacher_temperature: float | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    return linear_loss(
+        student,
+        weight,
+        teacher,
+        teacher_weight,
+        labels,
+        spec,
+        bias=bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend="cpu",
+    )[0]
+
+
+_again = again_by(_of_tensors)
 
 
 def _nothing(

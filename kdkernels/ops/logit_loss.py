@@ -419,15 +419,11 @@ def logit_loss(
     )
 
 
-def _again(
-    arguments: tuple[Any, ...], inputs: Sequence[Tensor], needs: Sequence[bool], grad_output: Tensor
-) -> Sequence[Tensor | None]:
-    labels = inputs[2] if len(inputs) == 3 else None
+def _loss(student: Tensor, teacher: Tensor, labels: Tensor | None, *options: Any) -> Tensor:
+    return _logit_loss(student, teacher, labels, *options)[0]
 
-    def loss(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
-        return _logit_loss(student, teacher, labels, *options)[0]
 
-    return again_by(loss)(arguments, inputs[:2], needs, grad_output)
+_again = again_by(_loss)
 
 
 def _logit_loss(

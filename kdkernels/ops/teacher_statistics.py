@@ -28,7 +28,13 @@ from torch import Tensor
 from kdkernels.backend import statistics_dtype
 from kdkernels.ops import projection
 from kdkernels.ops.divergences import KL, NONE, Spec
-from kdkernels.ops.linear_loss import check_chunks, check_side, linear_loss, planned_rows
+from kdkernels.ops.linear_loss import (
+    check_chunks,
+    check_side,
+    common_linear_loss,
+    linear_loss,
+    planned_rows,
+)
 from kdkernels.ops.rows import (
     check_number,
     check_temperature,
@@ -179,7 +185,9 @@ def loss_of_teacher(
 ) -> tuple[Tensor, Tensor | None]:
     """`linear_loss`, of which the teacher may be known by its statistics."""
     if not isinstance(teacher, TeacherStatistics):
-        return linear_loss(student, weight, teacher, teacher_weight, labels, spec, **options)
+        arguments = (student, weight, teacher, teacher_weight, labels, spec)
+        found = common_linear_loss(*arguments, options)
+        return linear_loss(*arguments, **options) if found is None else (found, None)
     if spec.divergence == NONE and not spec.logit_mse:
         return linear_loss(student, weight, None, None, labels, spec, **options)
     if teacher_weight is not None and teacher_weight is not weight:
