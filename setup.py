@@ -1,6 +1,7 @@
 """Runs CMake, nothing else: KDKERNELS_NATIVE=0 skips it, KDKERNELS_CUDA=0|1 forbids or demands nvcc, and
 KDKERNELS_CALLS=0|1 what is compiled for the torch that is installed already."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -22,8 +23,9 @@ def switch(name: str, default: bool) -> bool:
 
 def installed_torch() -> Path | None:
     """The environment's torch, which a build apart from it cannot import."""
-    for place in dict.fromkeys(map(sysconfig.get_path, ("platlib", "purelib"))):
-        torch = Path(place) / "torch"
+    found = importlib.util.find_spec("torch")
+    places = [Path(place) / "torch" for place in map(sysconfig.get_path, ("platlib", "purelib"))]
+    for torch in [*(map(Path, found.submodule_search_locations or ()) if found else ()), *places]:
         if (torch / "include" / "ATen" / "ATen.h").exists():
             return torch
     return None
@@ -36,7 +38,7 @@ def calls() -> tuple[Path, str] | None:
         return None
     if torch is None:
         raise SystemExit("KDKERNELS_CALLS=1 wants a torch that is installed before kdkernels")
-    found = re.search(r"__version__ = ['\"]([^'\"+]+)", (torch / "version.py").read_text())
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", (torch / "version.py").read_text())
     if found is None:
         raise SystemExit(f"{torch / 'version.py'} has no version")
     return torch, "_calls_" + re.sub(r"\W", "_", found[1])
@@ -47,6 +49,8 @@ class CMakeBuild(build_ext):
         if ext is not extensions[0]:
             return  # built with the first
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        for stale in (*target.glob("_calls_*"), *Path("kdkernels").glob("_calls_*")):
+            stale.unlink()  # of another _C than the one that is built now
         cuda = switch("KDKERNELS_CUDA", default=shutil.which("nvcc") is not None)
         torch, name = for_torch or ("", "")
         configure = [

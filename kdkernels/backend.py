@@ -55,9 +55,10 @@ _C = _native()
 
 
 def _calls() -> ModuleType | None:
-    """The common calls of CPU tensors in C++, where they were compiled for this torch."""
-    name = "kdkernels._calls_" + re.sub(r"\W", "_", torch.__version__.partition("+")[0])
-    if _C is None or importlib.util.find_spec(name) is None:
+    """The common calls of CPU tensors in C++, where they were compiled for this torch and KDKERNELS_CALLS is not 0."""
+    name = "kdkernels._calls_" + re.sub(r"\W", "_", torch.__version__)
+    off = os.environ.get("KDKERNELS_CALLS") == "0"
+    if _C is None or off or importlib.util.find_spec(name) is None:
         return None
     return importlib.import_module(name)
 

@@ -57,12 +57,6 @@ Object checked(PyObject* object) {
   return Object(object);
 }
 
-double double_of(PyObject* object) {
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1.0 && PyErr_Occurred() != nullptr) raise();
-  return value;
-}
-
 std::optional<DType> dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
     case at::kFloat:
@@ -113,7 +107,7 @@ std::optional<Matrix> matrix_of(const at::Tensor& x) {
 
 std::optional<double> number_of(PyObject* object) {
   if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
-  if (!PyLong_CheckExact(object)) return std::nullopt;
+  if (!PyLong_Check(object)) return std::nullopt;
   const double value = PyLong_AsDouble(object);
   if (value != -1.0 || PyErr_Occurred() == nullptr) return value;
   PyErr_Clear();
@@ -190,7 +184,8 @@ struct Loss : torch::autograd::Function<Loss> {
     variable_list found(kept.places.size() + 1);  // the last is Made's
     if (kept.at_hand && !at::GradMode::is_enabled()) {
       kept.at_hand = false;
-      const at::Tensor scale = upstream[0].dim() > 1 ? upstream[0].reshape({-1}) : upstream[0];
+      at::Tensor scale = upstream[0].resolve_neg();
+      if (scale.dim() > 1) scale = scale.reshape({-1});
       for (size_t i = 0; i < kept.places.size(); ++i) {
         at::Tensor& gradient = kept.gradients[kept.places[i]];
         if (!gradient.defined()) continue;
@@ -339,8 +334,14 @@ PyObject* kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
 struct Spec {
   double values[11];
 
-  explicit Spec(PyObject* tuple) {
-    for (int i = 0; i < 11; ++i) values[i] = double_of(PyTuple_GET_ITEM(tuple, i));
+  static std::optional<Spec> of(PyObject* tuple) {
+    Spec spec;
+    for (int i = 0; i < 11; ++i) {
+      const auto value = number_of(PyTuple_GET_ITEM(tuple, i));
+      if (!value) return std::nullopt;
+      spec.values[i] = *value;
+    }
+    return spec;
   }
   Divergence divergence() const { return static_cast<Divergence>(static_cast<int32_t>(values[0])); }
   bool of_labels() const {
@@ -415,7 +416,10 @@ bool labels_fit(PyObject* object, PyObject* ignore, const Spec& spec, const at::
   }
   labels = plain(object);
   const long ignore_index = PyLong_AsLong(ignore);
-  if (ignore_index == -1 && PyErr_Occurred() != nullptr) raise();
+  if (ignore_index == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return false;
+  }
   return labels != nullptr && labels->scalar_type() == at::kLong && labels->is_contiguous() &&
          labels->sizes() == student.sizes().slice(0, student.dim() - 1) &&
          kernels->count_labels(labels->const_data_ptr<int64_t>(), rows, ignore_index) == 0;
@@ -432,24 +436,26 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   const auto q_temperature = temperature_of(args[4]);
   const auto p_temperature = args[5] == Py_None ? q_temperature : temperature_of(args[5]);
   const auto reduction = reduction_of(args[7]);
+  const auto spec = Spec::of(args[3]);
   const bool graph = at::GradMode::is_enabled();
   if (!dtype || !q || !p || !q_temperature || !p_temperature || !reduction ||
       student->scalar_type() != teacher->scalar_type() || student->sizes() != teacher->sizes() ||
-      (graph && teacher->requires_grad())) {
+      !spec || (graph && spec->reads_target() && teacher->requires_grad())) {
     NOT_HERE;
   }
-  const Spec spec(args[3]);
   const at::Tensor* labels = nullptr;
-  if (!labels_fit(args[2], args[6], spec, *student, q->rows, labels)) NOT_HERE;
+  if (!labels_fit(args[2], args[6], *spec, *student, q->rows, labels)) NOT_HERE;
 
   variable_list gradients(1);
   if (graph && student->requires_grad()) gradients[0] = fresh(student->sizes(), student->options());
   Rows rows(*student, *reduction, q->rows, *dtype);
-  LogitLossParams params = spec.params(q->classes, *q_temperature, *p_temperature);
+  LogitLossParams params = spec->params(q->classes, *q_temperature, *p_temperature);
   params.rows = q->rows;
   params.classes = params.grad_stride = q->classes;
   params.input = student->data_ptr(), params.input_stride = q->stride;
-  if (spec.reads_target()) params.target = teacher->data_ptr(), params.target_stride = p->stride;
+  // What is not read is not kept either.
+  const at::Tensor target = spec->reads_target() ? *teacher : at::Tensor();
+  params.target = address(target), params.target_stride = p->stride;
   if (labels != nullptr) params.labels = labels->const_data_ptr<int64_t>();
   params.scale = scale_of(*reduction, q->rows);
   params.loss = rows.each;
@@ -463,7 +469,7 @@ PyObject* logit_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
   }
-  return finish({*student, *teacher, labels == nullptr ? at::Tensor() : *labels},
+  return finish({*student, target, labels == nullptr ? at::Tensor() : *labels},
                 std::move(gradients), std::move(rows.loss), args[8], args, 3, 8);
   END_HANDLE_TH_ERRORS
 }
@@ -505,9 +511,9 @@ struct Side {
   }
 };
 
-// As kdkernels/ops/linear_loss.py has them: classes of a head, and multiplications of a call, that
-// one kernel is the best way for whatever the processor's library can do.
-constexpr int64_t kSmallHead = 4096, kFew = int64_t{1} << 23, kFewLogits = int64_t{1} << 20;
+// Classes, multiplications and logits of a call that kdkernels/ops/linear_loss.py gives to the one
+// kernel on any machine: SMALL_HEAD, _FEW, and logits that any last cache holds.
+constexpr int64_t kSmallHead = 4096, kFew = int64_t{1} << 23, kFewLogits = int64_t{1} << 16;
 
 // (student, weight, bias or None, teacher, teacher_weight, teacher_bias or None, labels or None,
 // spec, temperature, teacher_temperature or None, ignore_index, reduction, again)
@@ -530,10 +536,10 @@ PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
       (args[1] == args[4] && args[2] == args[5])) {  // one head for both has one gradient
     NOT_HERE;
   }
-  const Spec spec(args[7]);
+  const auto spec = Spec::of(args[7]);
   const at::Tensor* labels = nullptr;
-  if (!spec.reads_target() ||
-      !labels_fit(args[6], args[10], spec, student.tensors[0], rows, labels)) {
+  if (!spec || !spec->reads_target() ||
+      !labels_fit(args[6], args[10], *spec, student.tensors[0], rows, labels)) {
     NOT_HERE;
   }
 
@@ -552,7 +558,7 @@ PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   Rows sum(student.tensors[0], *reduction, rows, *dtype);
   SmallLinearLossParams params{};
   LogitLossParams& loss = params.losses[0];
-  loss = spec.params(classes, *q_temperature, *p_temperature);
+  loss = spec->params(classes, *q_temperature, *p_temperature);
   loss.rows = rows;
   loss.classes = classes;
   loss.scale = scale_of(*reduction, rows);
@@ -656,7 +662,9 @@ std::optional<Problems> problems_of(const at::Tensor& x) {
   const int64_t samples = x.size(-2), count = x.numel() / samples / x.size(-1);
   if (x.dim() == 2) return Problems{1, samples, 0, x.stride(0)};
   if (x.dim() == 3) return Problems{count, samples, x.stride(0), x.stride(1)};
-  if (x.is_contiguous()) return Problems{count, samples, x.stride(-3), x.stride(-2)};
+  if (x.is_contiguous()) {  // whatever the strides of dimensions of one are
+    return Problems{count, samples, samples * x.size(-1), x.size(-1)};
+  }
   return std::nullopt;
 }
 
@@ -700,7 +708,9 @@ PyObject* distance(PyObject* const* args, const Run& run) {
   END_HANDLE_TH_ERRORS
 }
 
-double option(PyObject* options, Py_ssize_t i) { return double_of(PyTuple_GET_ITEM(options, i)); }
+std::optional<double> option(PyObject* options, Py_ssize_t i) {
+  return number_of(PyTuple_GET_ITEM(options, i));
+}
 
 PyObject* coral(PyObject*, PyObject* const* args, Py_ssize_t) {
   return distance(args, [](PyObject*, const PairParams& pair) {
@@ -712,8 +722,10 @@ PyObject* coral(PyObject*, PyObject* const* args, Py_ssize_t) {
 
 PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t) {
   return distance(args, [](PyObject* options, const PairParams& pair) {
-    const GaussianParams params{pair, option(options, 1), static_cast<int64_t>(option(options, 2)),
-                                static_cast<GaussianDistance>(option(options, 0))};
+    const auto which = option(options, 0), eps = option(options, 1), least = option(options, 2);
+    if (!which || !eps || !least || !(*least < 1e18)) return false;
+    const GaussianParams params{pair, *eps, static_cast<int64_t>(*least),
+                                static_cast<GaussianDistance>(static_cast<int32_t>(*which))};
     const WithoutLock unlocked;
     kernels->gaussian(params, at::get_num_threads());
     return true;
@@ -722,8 +734,10 @@ PyObject* gaussian(PyObject*, PyObject* const* args, Py_ssize_t) {
 
 PyObject* mmd(PyObject*, PyObject* const* args, Py_ssize_t) {
   return distance(args, [](PyObject* options, const PairParams& pair) {
-    MmdParams params{pair, nullptr, 0, static_cast<MmdKernel>(option(options, 1)),
-                     option(options, 2) != 0};
+    const auto which = option(options, 1), unbiased = option(options, 2);
+    if (!which || !unbiased) return false;
+    MmdParams params{pair, nullptr, 0, static_cast<MmdKernel>(static_cast<int32_t>(*which)),
+                     *unbiased != 0};
     if (PyTuple_GET_ITEM(options, 0) != Py_None) {
       const at::Tensor* bandwidths = plain(PyTuple_GET_ITEM(options, 0));
       if (bandwidths == nullptr || bandwidths->scalar_type() != statistics_of(pair.dtype) ||
@@ -774,8 +788,14 @@ PyMODINIT_FUNC INIT(KDKERNELS_CALLS_NAME)() {
   PyObject* capsule = PyObject_GetAttrString(native, "cpu_kernels");
   Py_DECREF(native);
   if (capsule == nullptr) return nullptr;
-  kdkernels::kernels =
-      static_cast<const kdkernels::CpuKernels*>(PyCapsule_GetPointer(capsule, kCpuKernels));
+  if (PyCapsule_IsValid(capsule, kCpuKernels)) {
+    kdkernels::kernels =
+        static_cast<const kdkernels::CpuKernels*>(PyCapsule_GetPointer(capsule, kCpuKernels));
+  } else {
+    PyErr_SetString(PyExc_ImportError,
+                    "kdkernels." KDKERNELS_CALLS
+                    " was built with another kdkernels._C: install kdkernels again");
+  }
   Py_DECREF(capsule);  // what it points to is static
   return kdkernels::kernels == nullptr ? nullptr : PyModule_Create(&kdkernels::module);
 }

@@ -5,7 +5,10 @@
 
 namespace kdkernels {
 
-constexpr const char* kCpuKernels = "kdkernels.cpu_kernels";
+#ifndef KDKERNELS_LAYOUT  // what the structs are, as a hash of their headers (CMakeLists.txt)
+#define KDKERNELS_LAYOUT ""
+#endif
+constexpr const char* kCpuKernels = "kdkernels.cpu_kernels." KDKERNELS_LAYOUT;
 
 struct CpuKernels {
   void (*kl_div)(const KlDivParams&, int threads);

@@ -1,6 +1,8 @@
 """The common calls in C++ (python/calls.cpp) against the way through Python, whose kernels they share."""
 
 import gc
+import os
+import subprocess
 import sys
 import threading
 import weakref
@@ -470,3 +472,81 @@ def test_no_gradient_is_made_where_none_is_wanted():
         assert allocated(kdkernels.kl_div, x.clone().requires_grad_(), y) <= plain + 64
     one = allocated(kdkernels.kl_div, x.clone().requires_grad_(), y)
     assert plain < x.nbytes <= one < 2 * x.nbytes
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_a_dimension_of_one_has_any_stride(name):
+    x, y = (z.transpose(0, 1) for z in batch(shape=(1, 3, 6, 4)))
+    assert x.is_contiguous() and x.stride(1) == 72
+    (loss, [grads]), (expected, [expected_grads]) = (
+        found(f, x, y, (True, True)) for f in (DISTANCES[name], in_python(DISTANCES[name]))
+    )
+    assert is_common(loss)
+    assert_same((loss, *grads), (expected, *expected_grads))
+
+
+def test_an_upstream_gradient_that_is_marked_as_negative():
+    x, y = batch()
+    for function in (kdkernels.kl_div, in_python(kdkernels.kl_div)):
+        for reduction in ("none", "sum"):
+            z = x.clone().requires_grad_()
+            rows = function(z, y, reduction=reduction)
+            torch.complex(torch.ones_like(rows.detach()), rows).conj().sum().imag.backward()
+            expected = found(kdkernels.kl_div, x, y, upstream=torch.tensor(-5.0))[1][0][0]
+            torch.testing.assert_close(z.grad, expected)
+
+
+def test_a_leaf_that_is_frozen_after_the_forward():
+    x, weight, bias, y, teacher_weight, _ = (z.requires_grad_() for z in heads())
+    loss = kdkernels.linear_kl_div(x, weight, y, teacher_weight, student_bias=bias)
+    first = torch.autograd.grad(loss, [x, weight, y], retain_graph=True)
+    weight.requires_grad_(False)
+    loss.backward()
+    assert_same((x.grad, y.grad), (first[0], first[2]))
+
+
+def test_a_teacher_that_is_not_read_is_not_kept():
+    x, y = batch()
+    hard = partial(kdkernels.distillation_loss, labels=LABELS, soft_weight=0.0, hard_weight=1.0)
+    spec = torch.nn.functional.cross_entropy(x, LABELS)
+    with torch.inference_mode():
+        made_there = y.clone()
+    for function in (hard, in_python(hard)):
+        loss = function(x.requires_grad_(), made_there)
+        torch.testing.assert_close(loss, spec)
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+def test_a_later_backward_keeps_its_precision():
+    tensors = [z.requires_grad_() for z in heads()]
+    loss = linear(LINEAR["kl"], tensors)
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(torch.autograd.grad(loss, tensors, retain_graph=True), first)
+        twice = torch.autograd.grad(loss, tensors, create_graph=True)
+    for a, b in zip(twice, first):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"standardize": None}, {"temperature": True}], ids=str)
+def test_values_of_other_types(options):
+    x, y = batch()
+    function = partial(kdkernels.dkd, labels=LABELS, **options)
+    assert torch.equal(function(x, y), in_python(function)(x, y))
+
+
+def test_an_ignore_index_beyond_int64():
+    x, y = batch()
+    for function in (kdkernels.distillation_loss, in_python(kdkernels.distillation_loss)):
+        with pytest.raises((TypeError, RuntimeError)):
+            function(x, y, LABELS, ignore_index=2**70)
+
+
+def test_a_switch_leaves_all_to_python():
+    script = "import kdkernels.backend as b; print(b.CALLS, b.available_backends()['cpu'])"
+    environment = {**os.environ, "KDKERNELS_CALLS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "available"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import CALLS
+from kdkernels.backend import CALLS, full_precision
 
 Again = Callable[[tuple[Any, ...], Sequence[Tensor | None], Sequence[bool], Tensor], Sequence[Tensor | None]]
 
@@ -31,9 +31,13 @@ def again_by(function: Callable[..., Tensor]) -> Again:
         grad_output: Tensor,
     ) -> Sequence[Tensor | None]:
         twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views: the hooks of the inputs themselves run once, with what this returns.
-            inputs = [x if x is None else x.view_as(x) for x in inputs]
+        with torch.enable_grad(), full_precision(grad_output):
+            # The inputs' hooks run once, with what this returns: none of these is an input itself.
+            inputs = [x if x is None else x.view_as(x) if twice else x.detach() for x in inputs]
+            if not twice:
+                for x, need in zip(inputs, needs):
+                    if x is not None:
+                        x.requires_grad_(need)
             loss = function(*inputs, *arguments)
             wanted = [x for x, need in zip(inputs, needs) if x is not None and need]
             found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=twice))

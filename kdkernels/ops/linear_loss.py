@@ -930,7 +930,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     *saved, _, _ = ctx.saved_tensors
     numbers = [a if b is None else b for a, b in zip(ctx.numbers, saved[6:10])]
     sources = (*saved[:6], *numbers, saved[10])
-    loss, _ = linear_loss_reference(*sources, *saved[11:], ctx.options)  # type: ignore[call-arg]
+    with full_precision(saved[0]):
+        loss, _ = linear_loss_reference(*sources, *saved[11:], ctx.options)  # type: ignore[call-arg]
     needs = ctx.needs_input_grad
     wanted = [source for source, need in zip(sources, needs) if need]
     gradients = iter(

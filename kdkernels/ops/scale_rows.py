@@ -16,7 +16,7 @@ LIBRARY.define("scale_rows_(Tensor(a!) grad, Tensor scale, str backend) -> ()")
 
 def _body(grad: Tensor, scale: Tensor, backend: str) -> None:  # (M, ...) contiguous, () or (M,)
     if grad.numel():
-        launcher(backend, "scale_rows")(grad, scale)
+        launcher(backend, "scale_rows")(grad, scale.resolve_neg())
 
 
 LIBRARY.impl("scale_rows_", _body, "CPU")
