@@ -560,7 +560,7 @@ MUTATIONS = [
     Mutation("calls: an upstream gradient as its memory has it", CALLS, "upstream[0].resolve_neg()", "upstream[0]", calls("negative")),
     Mutation("calls: a teacher kept that is not read", CALLS, "finish({*student, target,", "finish({*student, *teacher,", calls("not_read")),
     Mutation("calls: autocast in a later backward", "kdkernels/ops/calls.py", "with torch.enable_grad(), full_precision(grad_output):", "with torch.enable_grad():", calls("precision")),
-    Mutation("calls: frozen leaves", "kdkernels/ops/calls.py", "x.view_as(x) if twice else x.detach()", "x.view_as(x) if True else x.detach()", calls("frozen")),
+    Mutation("calls: frozen leaves", "kdkernels/ops/calls.py", "            if not twice:\n", "            if False:\n", calls("frozen")),
     Mutation("calls: gradients made without need", CALLS, "const bool graph = at::GradMode::is_enabled();", "const bool graph = true;", calls("made")),
     Mutation("calls: float16 gradients of distances", CALLS, "(*dtype == DType::kFloat16 && (needs[0] || needs[1]))", "false", calls("equal")),
     Mutation("calls: every teacher the first", CALLS, "PySequence_Fast_GET_ITEM(args[1], k)", "PySequence_Fast_GET_ITEM(args[1], 0)", calls("equal and several")),
