@@ -10,7 +10,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -224,16 +226,17 @@ struct Loss : torch::autograd::Function<Loss> {
 // inputs. Of the call's args again() is given those from first to last.
 PyObject* finish(variable_list inputs, variable_list gradients, at::Tensor loss, PyObject* again,
                  PyObject* const* args, Py_ssize_t first, Py_ssize_t last) {
+  const auto wanted = [](const at::Tensor& gradient) { return gradient.defined(); };
+  if (std::none_of(gradients.begin(), gradients.end(), wanted)) {
+    return THPVariable_Wrap(std::move(loss));
+  }
   auto kept = c10::make_intrusive<Kept>();
   variable_list known;
-  bool any = false;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    any = any || gradients[i].defined();
     if (!inputs[i].defined()) continue;
     known.push_back(inputs[i]);
     kept->places.push_back(static_cast<int>(i));
   }
-  if (!any) return THPVariable_Wrap(std::move(loss));
   kept->gradients = std::move(gradients);
   kept->arguments = checked(PyTuple_New(last - first));
   for (Py_ssize_t i = first; i < last; ++i) {
@@ -373,39 +376,6 @@ struct Spec {
   }
 };
 
-// The spec seen from the teacher's side: as `exchanged` in kdkernels/ops/divergences.py.
-LogitLossParams exchanged(LogitLossParams params) {
-  switch (params.divergence) {
-    case Divergence::kKl:
-      params.divergence = Divergence::kReverseKl;
-      break;
-    case Divergence::kReverseKl:
-      params.divergence = Divergence::kKl;
-      break;
-    case Divergence::kDecoupled:
-      params.divergence = Divergence::kReverseDecoupled;
-      break;
-    case Divergence::kReverseDecoupled:
-      params.divergence = Divergence::kDecoupled;
-      break;
-    case Divergence::kNormalized:
-      params.divergence = Divergence::kReverseNormalized;
-      break;
-    case Divergence::kReverseNormalized:
-      params.divergence = Divergence::kNormalized;
-      break;
-    case Divergence::kMixture:
-      std::swap(params.first, params.second);
-      params.mix = 1 - params.mix;
-      break;
-    default:
-      break;
-  }
-  std::swap(params.input_temperature_value, params.target_temperature_value);
-  params.hard_weight = params.label_smoothing = params.z_loss = 0;
-  return params;
-}
-
 // Whether the labels of a call, None or (...) of `student` (..., N or D), are of a kind that is
 // done here: int64, side by side, none of them ignored.
 bool labels_fit(PyObject* object, PyObject* ignore, const Spec& spec, const at::Tensor& student,
@@ -516,15 +486,15 @@ struct Side {
 constexpr int64_t kSmallHead = 4096, kFew = int64_t{1} << 23, kFewLogits = int64_t{1} << 16;
 
 // (student, weight, bias or None, teacher, teacher_weight, teacher_bias or None, labels or None,
-// spec, temperature, teacher_temperature or None, ignore_index, reduction, again)
+// spec.exchanged(), spec, temperature, teacher_temperature or None, ignore_index, reduction, again)
 PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   Side student, teacher;
   if (!student.take(args) || !teacher.take(args + 3)) NOT_HERE;
   const auto dtype = dtype_of(student.tensors[0]);
-  const auto q_temperature = temperature_of(args[8]);
-  const auto p_temperature = args[9] == Py_None ? q_temperature : temperature_of(args[9]);
-  const auto reduction = reduction_of(args[11]);
+  const auto q_temperature = temperature_of(args[9]);
+  const auto p_temperature = args[10] == Py_None ? q_temperature : temperature_of(args[10]);
+  const auto reduction = reduction_of(args[12]);
   const int64_t rows = student.x.rows, classes = student.weight.rows;
   const auto rows_of = [](const at::Tensor& x) { return x.sizes().slice(0, x.dim() - 1); };
   if (!dtype || *dtype == DType::kFloat16 || !q_temperature || !p_temperature || !reduction ||
@@ -536,35 +506,35 @@ PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
       (args[1] == args[4] && args[2] == args[5])) {  // one head for both has one gradient
     NOT_HERE;
   }
-  const auto spec = Spec::of(args[7]);
+  const auto exchanged = Spec::of(args[7]), spec = Spec::of(args[8]);
   const at::Tensor* labels = nullptr;
-  if (!spec || !spec->reads_target() ||
-      !labels_fit(args[6], args[10], *spec, student.tensors[0], rows, labels)) {
+  if (!spec || !exchanged || !spec->reads_target() ||
+      !labels_fit(args[6], args[11], *spec, student.tensors[0], rows, labels)) {
     NOT_HERE;
   }
 
   const bool graph = at::GradMode::is_enabled();
   variable_list inputs, gradients(6);
-  bool of_teacher = false;
   for (int i = 0; i < 6; ++i) {
     inputs.push_back((i < 3 ? student : teacher).tensors[i % 3]);
     const at::Tensor& x = inputs[i];
     if (!graph || !x.defined() || !x.requires_grad()) continue;
-    of_teacher = of_teacher || i >= 3;
     const auto summed = i % 3 == 2 ? statistics_of(*dtype) : x.scalar_type();
     gradients[i] = at::empty(x.sizes(), x.options().dtype(summed));
   }
   inputs.push_back(labels == nullptr ? at::Tensor() : *labels);
   Rows sum(student.tensors[0], *reduction, rows, *dtype);
   SmallLinearLossParams params{};
-  LogitLossParams& loss = params.losses[0];
-  loss = spec->params(classes, *q_temperature, *p_temperature);
-  loss.rows = rows;
-  loss.classes = classes;
-  loss.scale = scale_of(*reduction, rows);
-  if (labels != nullptr) loss.labels = labels->const_data_ptr<int64_t>();
-  params.losses[1] = of_teacher ? exchanged(loss) : loss;
-  loss.loss = sum.each;
+  params.losses[0] = spec->params(classes, *q_temperature, *p_temperature);
+  params.losses[1] = exchanged->params(classes, *p_temperature, *q_temperature);
+  params.losses[1].soft_scale_value = params.losses[0].soft_scale_value;  // of the student's T
+  for (LogitLossParams& each : params.losses) {
+    each.rows = rows;
+    each.classes = classes;
+    each.scale = scale_of(*reduction, rows);
+    if (labels != nullptr) each.labels = labels->const_data_ptr<int64_t>();
+  }
+  params.losses[0].loss = sum.each;
   params.sides[0] = student.params(*dtype, gradients.data());
   params.sides[1] = teacher.params(*dtype, gradients.data() + 3);
   try {
@@ -578,8 +548,8 @@ PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   for (int i = 0; i < 6; ++i) {
     if (gradients[i].defined()) gradients[i] = gradients[i].to(inputs[i].scalar_type());
   }
-  return finish(std::move(inputs), std::move(gradients), std::move(sum.loss), args[12], args, 7,
-                12);
+  return finish(std::move(inputs), std::move(gradients), std::move(sum.loss), args[13], args, 8,
+                13);
   END_HANDLE_TH_ERRORS
 }
 

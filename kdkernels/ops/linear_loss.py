@@ -1139,6 +1139,9 @@ _RARE = (
 )
 
 
+_exchanged = cache(Spec.exchanged)
+
+
 def common_linear_loss(
     student: Tensor,
     weight: Tensor,
@@ -1162,7 +1165,7 @@ def common_linear_loss(
     sides = (student, weight, get("bias"), teacher, teacher_weight, get("teacher_bias"))
     temperatures = (get("temperature", 1.0), get("teacher_temperature"))
     rest = (get("ignore_index", -100), get("reduction", "batchmean"))
-    return common(*sides, labels, spec, *temperatures, *rest, _again)
+    return common(*sides, labels, _exchanged(spec), spec, *temperatures, *rest, _again)
 
 
 def _of_tensors(
