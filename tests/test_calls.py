@@ -126,6 +126,7 @@ LINEAR = {
         kdkernels.linear_distillation_loss,
         labels=LABELS,
         temperature=3.0,
+        teacher_temperature=2.0,
         soft_weight=0.7,
         hard_weight=0.4,
         label_smoothing=0.1,
