@@ -638,8 +638,8 @@ std::optional<Problems> problems_of(const at::Tensor& x) {
   return std::nullopt;
 }
 
-// (x, y, options, again), checked as `native_distance` has them; run(options, pair) gives whether
-// the options are of a kind that is done here.
+// (x, y, labels or None, options, again), checked as `native_distance` has them; run(options, pair)
+// gives whether the options are of a kind that is done here.
 template <typename Run>
 PyObject* distance(PyObject* const* args, const Run& run) {
   HANDLE_TH_ERRORS
@@ -651,6 +651,15 @@ PyObject* distance(PyObject* const* args, const Run& run) {
   const bool needs[2] = {graph && x->requires_grad(), graph && y->requires_grad()};
   // float16 has no range for a gradient that is still to meet its upstream gradient.
   if (!dtype || !of_x || !of_y || (*dtype == DType::kFloat16 && (needs[0] || needs[1]))) NOT_HERE;
+  at::Tensor labels;
+  if (args[2] != Py_None) {
+    const at::Tensor* of_classes = plain(args[2]);
+    if (of_classes == nullptr || of_classes->scalar_type() != at::kLong ||
+        !of_classes->is_contiguous()) {
+      NOT_HERE;
+    }
+    labels = *of_classes;
+  }
   variable_list gradients(2);
   if (needs[0]) gradients[0] = fresh(x->sizes(), x->options());
   if (needs[1]) gradients[1] = fresh(y->sizes(), y->options());
@@ -658,7 +667,7 @@ PyObject* distance(PyObject* const* args, const Run& run) {
       at::empty(x->sizes().slice(0, x->dim() - 2), x->options().dtype(statistics_of(*dtype)));
   const PairParams pair{x->data_ptr(),
                         y->data_ptr(),
-                        nullptr,
+                        static_cast<const int64_t*>(address(labels)),
                         nullptr,
                         nullptr,
                         loss.data_ptr(),
@@ -673,8 +682,8 @@ PyObject* distance(PyObject* const* args, const Run& run) {
                         of_y->problem_stride,
                         of_y->stride,
                         *dtype};
-  if (!run(args[2], pair)) NOT_HERE;
-  return finish({*x, *y}, std::move(gradients), std::move(loss), args[3], args, 2, 3);
+  if (!run(args[3], pair)) NOT_HERE;
+  return finish({*x, *y, labels}, std::move(gradients), std::move(loss), args[4], args, 3, 4);
   END_HANDLE_TH_ERRORS
 }
 

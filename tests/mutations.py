@@ -556,6 +556,7 @@ MUTATIONS = [
     Mutation("calls: rows taken for adjacent", CALLS, "return Matrix{rows, classes, x.stride(0)};", "return Matrix{rows, classes, classes};", calls("rows_apart")),
     Mutation("calls: samples taken for adjacent", CALLS, "return Problems{1, samples, 0, x.stride(0)};", "return Problems{1, samples, 0, x.size(1)};", calls("rows_apart")),
     Mutation("calls: the teacher's gradient dropped", CALLS, "(graph && spec->reads_target() && teacher->requires_grad())", "false", calls("left_to_python")),
+    Mutation("calls: classes not handed on", CALLS, "static_cast<const int64_t*>(address(labels))", "nullptr", calls("equal and classes")),
     Mutation("calls: strides of dimensions of one", CALLS, "samples * x.size(-1), x.size(-1)};", "x.stride(-3), x.stride(-2)};", calls("dimension_of_one")),
     Mutation("calls: an upstream gradient as its memory has it", CALLS, "upstream[0].resolve_neg()", "upstream[0]", calls("negative")),
     Mutation("calls: a teacher kept that is not read", CALLS, "finish({*student, target,", "finish({*student, *teacher,", calls("not_read")),

@@ -58,7 +58,11 @@ DISTANCES = {
     "mmd, unbiased": partial(kdkernels.mmd, kernel="laplacian", estimator="unbiased"),
     "energy_distance": kdkernels.energy_distance,
 }
-ALL = {**LOSSES, **DISTANCES}
+OF_CLASSES = {
+    f"{name}, classes": partial(DISTANCES[name], labels=torch.tensor([1, 0, 1, 1, 0]))
+    for name in ("gaussian_wasserstein", "gaussian_kl", "coral", "mmd", "energy_distance")
+}
+ALL = {**LOSSES, **DISTANCES, **OF_CLASSES}
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +110,12 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", ALL)
 def test_equal_to_the_way_through_python(name, dtype):
     function, (x, y) = ALL[name], batch(dtype)
-    both = name in DISTANCES or name.startswith("kl_div")
+    of_distances = name in DISTANCES or name in OF_CLASSES
+    both = of_distances or name.startswith("kl_div")
     for needs in [(True, False), (False, True), (True, True)] if both else [(True, False)]:
         loss, grads = found(function, x, y, needs, times=2)
         expected, [grads_of_python] = found(in_python(function), x, y, needs)
-        assert is_common(loss) is not (name in DISTANCES and dtype == torch.float16)
+        assert is_common(loss) is not (of_distances and dtype == torch.float16)
         assert not is_common(expected)
         assert loss.dtype == expected.dtype and torch.equal(loss, expected)
         for each in grads:  # what the forward computed, and what is computed again

@@ -54,8 +54,8 @@ def native_distance(
 
     native = Native(run, reference)
 
-    def again_distance(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> Tensor:
-        return _Distance.apply(x, y, None, None, None, native, options, "cpu")
+    def again_distance(x: Tensor, y: Tensor, labels: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+        return _Distance.apply(x, y, None, None, labels, native, options, "cpu")
 
     again = again_by(again_distance)
 
@@ -74,9 +74,8 @@ def native_distance(
             and backend == "cpu"
             and x_weights is None
             and y_weights is None
-            and labels is None
         ):
-            found = common(x, y, options, again)
+            found = common(x, y, labels, options, again)
             if found is not None:
                 return found
         if torch.is_grad_enabled() and (
