@@ -252,10 +252,12 @@ WIDTHS = [1, 7, 8, 15, 16, 17, 48, 49, 63, 130]
     [(n, 40, 20) for n in SIZES]
     + [(40, m, 20) for m in SIZES]
     + [(60, 50, d) for d in WIDTHS]
-    + [(50, 60, 512), (50, 60, 513), (20, 5, 1100)],
+    + [(50, 60, 512), (50, 60, 513), (20, 5, 1100)]
+    + [(800, 30, 20), (900, 1600, 5), (2000, 1300, 3)],
 )
 def test_every_size(n, m, d, kernel, dtype):
-    """Samples around a panel and a block, features around a register, three of them, and a product's depth."""
+    """Samples around a panel, in blocks of one, two and four panels; features around a register, three of them, and
+    a product's depth."""
     x, y = features(n, d, m=m, dtype=dtype)
     bandwidths = None if kernel == "energy" else [d**0.5, 2 * d**0.5]
 
@@ -468,6 +470,8 @@ def test_same_bits_whatever_the_threads():
     run = partial(gradients, backend="cpu", upstream=torch.ones(2))
     assert_same_bits_whatever_the_threads(partial(run, mmd, x, y))
     assert_same_bits_whatever_the_threads(partial(run, energy_distance, x, x.flip(1), labels=labels))
+    x, y = features(1700, 40, m=100, dtype=torch.float32)
+    assert_same_bits_whatever_the_threads(partial(gradients, energy_distance, x, y, backend="cpu"))
 
 
 @native

@@ -1,19 +1,24 @@
 // Maximum mean discrepancies and energy distances on the CPU, with their gradients, without the
 // matrix of pairs.
 //
-// Samples are moved to their common centre and packed in panels. A task is one panel of samples: it
-// meets the other panels four at a time in a tile of inner products, which becomes squared
-// distances, kernel values, and coefficients of the gradient, all in the cache; the coefficients
-// times the samples are added to the task's rows of the gradient. Sums within a side that have no
-// gradient take half of the panels.
+// Samples are moved to their common centre and packed in panels. A panel meets up to four others in
+// a tile of inner products, which becomes squared distances, kernel values, and coefficients of the
+// gradient, all in the cache. Each pair is met once: the coefficients times the samples of either
+// side are added to the gradient of the other.
+//
+// A task is a pair of blocks of panels, and adds to the gradients of both. Tasks are in rounds in
+// which every block is in one of them, and a block's come one after the other: threads need no sums
+// of their own, and all is added in the same order whatever their number.
 //
 // |a|^2 + |b|^2 - 2 ab says little of a distance that is small beside |a| and |b|: such a pair is
 // differenced, and its share of the gradient is made from the difference. Problems of few samples
 // have nothing else.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "../kdkernels.h"
@@ -60,6 +65,17 @@ struct Side {
   S* packed;      // (panels, features, kPanel), 0 beyond count
   S* squares;     // (panels kPanel,) |z|^2
   S* weights;     // (panels kPanel,), adding up to 1
+  S* slopes;      // (panels kPanel,) sum_j c_ij, with c_ij = w_i w_j dk_ij / d|z_i - z_j|^2
+  S* grad;        // (panels kPanel, stride) sum_j c_ij z_j; nullptr where none is wanted
+};
+
+// Panels of one side.
+struct PanelBlock {
+  int side;
+  int64_t begin, end;
+  bool operator==(const PanelBlock& other) const {
+    return side == other.side && begin == other.begin;
+  }
 };
 
 // The kernel of one problem; kDistance is the mean distance's.
@@ -77,35 +93,40 @@ struct Kernel {
 template <typename S>
 struct Room {
   Side<S> sides[2];
-  Buffer<S> z, packed, squares, weights;
-  Buffer<double> sums;
+  Buffer<S> z, packed, squares, weights, slopes, grad;
 };
 
 // What a task works in.
 template <typename S>
 struct Scratch {
-  Buffer<S> tile, grad;
+  Buffer<S> tile;
   S values[kColumns<S>];
   S slopes[kColumns<S>];
   S powers[kColumns<S>];
   S roots[kColumns<S>];
   int64_t near[kColumns<S>];
-  S near_slopes[kColumns<S>];
-  S slope_sums[kPanel<S>];
 };
 
 template <typename S>
-struct Task {
+struct Problem {
   const Side<S>* sides;
   const Kernel<S>* kernel;
   int64_t features;
-  int64_t stride;
-  int side;
-  int64_t panel;
+  int64_t width;   // the features in whole registers
+  int64_t stride;  // of rows: an odd number of lines, which no few sets of a cache have to hold
   bool few;
   bool unbiased;
-  bool cross;     // the other side's columns, too
-  bool gradient;  // slope sums and coefficients; else half of the side's own panels
+};
+
+// Samples of one side, a panel of them from `begin` on, against samples of the same or the other
+// from `first` on, and whose gradients want their pairs.
+template <typename S>
+struct Tile {
+  const Side<S>* own;
+  const Side<S>* other;
+  int64_t begin, rows, first, columns;
+  S factor;  // of all coefficients
+  bool to_rows, to_columns;
 };
 
 template <typename S>
@@ -276,187 +297,218 @@ KDK_INLINE void add_scaled(S scale, const S* x, int64_t n, S* to) {
 }
 
 template <typename S>
-KDK_INLINE void add_scaled_difference(S scale, const S* a, const S* b, int64_t n, S* to) {
+KDK_INLINE void add_to(const S* x, int64_t n, S* to) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) to[j] += scale * (a[j] - b[j]);
+  for (int64_t j = 0; j < n; ++j) to[j] += x[j];
 }
 
-// A block of the tile: sample i of the task's side against `columns` samples of the other, from
-// `first` on. Returns the weighted sum of kernel values; leaves the coefficients in `row`.
+// scale (a - b) is taken off a's sum and added to b's, of those that are there.
 template <typename S>
-KDK_INLINE double run_row(const Task<S>& task, const Side<S>& own, const Side<S>& other, int64_t i,
-                          int64_t local, int64_t first, int64_t columns, S factor, S* row, S* grad,
+KDK_INLINE void add_scaled_difference(S scale, const S* a, const S* b, int64_t n, S* to_a,
+                                      S* to_b) {
+  if (to_a != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to_a[j] -= scale * (a[j] - b[j]);
+  }
+  if (to_b != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to_b[j] += scale * (a[j] - b[j]);
+  }
+}
+
+// Row `local` of a tile of inner products. Returns the weighted sum of kernel values; leaves the
+// coefficients in `row`, but those of near pairs, which are done with.
+template <typename S>
+KDK_INLINE double run_row(const Problem<S>& problem, const Tile<S>& tile, int64_t local, S* row,
                           Scratch<S>& scratch) {
-  const bool products = task.kernel->of_products();
-  const S* z = own.z + i * task.stride;
-  const S* others = other.z + first * task.stride;
+  const bool products = problem.kernel->of_products();
+  const Side<S>&own = *tile.own, &other = *tile.other;
+  const int64_t i = tile.begin + local, first = tile.first, columns = tile.columns;
+  const int64_t stride = problem.stride;
+  const S smooth = problem.kernel->smooth;
+  const S* z = own.z + i * stride;
+  const S* others = other.z + first * stride;
   int64_t near = 0;
   if (products) {
-    if (task.few) {
+    if (problem.few) {
       for (int64_t j = 0; j < columns; ++j) {
-        row[j] = inner_product(z, others + j * task.stride, task.stride);
+        row[j] = inner_product(z, others + j * stride, stride);
       }
     }
-  } else if (task.few) {
+  } else if (problem.few) {
     for (int64_t j = 0; j < columns; ++j) {
-      row[j] = squared_distance(z, others + j * task.stride, task.stride);
+      row[j] = squared_distance(z, others + j * stride, stride);
       scratch.near[near++] = j;
     }
-  } else if (to_squared_distances(own.squares[i], other.squares + first, task.kernel->smooth,
-                                  columns, row) > 0) {
+  } else if (to_squared_distances(own.squares[i], other.squares + first, smooth, columns, row) >
+             0) {
     for (int64_t j = 0; j < columns; ++j) {
-      if (row[j] < near_bound(own.squares[i] + other.squares[first + j], task.kernel->smooth)) {
-        row[j] = squared_distance(z, others + j * task.stride, task.stride);
+      if (row[j] < near_bound(own.squares[i] + other.squares[first + j], smooth)) {
+        row[j] = squared_distance(z, others + j * stride, stride);
         scratch.near[near++] = j;
       }
     }
   }
-  evaluate(*task.kernel, row, columns, scratch);
-  if (task.unbiased && &own == &other && i >= first && i < first + columns) {
+  evaluate(*problem.kernel, row, columns, scratch);
+  if (problem.unbiased && &own == &other && i >= first && i < first + columns) {
     scratch.values[i - first] = scratch.slopes[i - first] = S(0);
   }
   const S* weights = other.weights + first;
-  const double sum = weighted_sum(weights, scratch.values, columns);
-  if (!task.gradient) return sum;
-  if (task.few && products) {
+  const double sum = own.weights[i] * weighted_sum(weights, scratch.values, columns);
+  if (!tile.to_rows && !tile.to_columns) return sum;
+
+  const S factor = tile.factor * own.weights[i];
+  S* grad = tile.to_rows ? own.grad + i * stride : nullptr;
+  S* grads = tile.to_columns ? other.grad + first * stride : nullptr;
+  const auto grad_of = [&](int64_t j) { return grads == nullptr ? nullptr : grads + j * stride; };
+  if (problem.few && products) {
     coefficients(weights, scratch.slopes, factor, columns, row);
     for (int64_t j = 0; j < columns; ++j) {
-      add_scaled(row[j], others + j * task.stride, task.stride, grad);
+      if (grad != nullptr) add_scaled(row[j], others + j * stride, stride, grad);
+      if (grads != nullptr) add_scaled(row[j], z, stride, grad_of(j));
     }
     return sum;
   }
   for (int64_t k = 0; k < near; ++k) {
     const int64_t j = scratch.near[k];
-    scratch.near_slopes[k] = factor * weights[j] * scratch.slopes[j];
+    // The gradient is the slopes' sum times z, less `grad`.
+    add_scaled_difference(factor * weights[j] * scratch.slopes[j], z, others + j * stride, stride,
+                          grad, grad_of(j));
     scratch.slopes[j] = S(0);
   }
-  scratch.slope_sums[local] += coefficients(weights, scratch.slopes, factor, columns, row);
-  for (int64_t k = 0; k < near; ++k) {
-    // The gradient is the slopes' sum times z, less `grad`.
-    add_scaled_difference(-scratch.near_slopes[k], z, others + scratch.near[k] * task.stride,
-                          task.stride, grad);
-  }
+  const S slopes = coefficients(weights, scratch.slopes, factor, columns, row);
+  if (tile.to_rows) own.slopes[i] += slopes;
+  if (tile.to_columns) add_to(row, columns, other.slopes + first);
   return sum;
 }
 
 template <typename S, int kBytes, int kRows>
-KDK_INLINE void gram_tile(const Task<S>& task, const Side<S>& own, const Side<S>& other,
-                          int64_t rows, int64_t first_panel, int64_t panels, S* tile) {
+KDK_INLINE void gram_tile(const Problem<S>& problem, const Tile<S>& tile, S* products) {
   constexpr int64_t kWidth = 3 * Lanes<S, kBytes>::kCount;
-  const int64_t panel_size = task.features * kPanel<S>;
-  for (int64_t k = 0; k < task.features; k += kDepth) {
-    const int64_t depth = std::min(kDepth, task.features - k);
-    const S* a = own.packed + task.panel * panel_size + k * kPanel<S>;
-    for (int64_t q = 0; q < panels; ++q) {
-      const S* b = other.packed + (first_panel + q) * panel_size + k * kPanel<S>;
+  for (int64_t k = 0; k < problem.features; k += kDepth) {
+    const int64_t depth = std::min(kDepth, problem.features - k);
+    const S* a = tile.own->packed + tile.begin * problem.features + k * kPanel<S>;
+    for (int64_t q = 0; q < tile.columns; q += kPanel<S>) {
+      const S* b = tile.other->packed + (tile.first + q) * problem.features + k * kPanel<S>;
       for (int64_t c = 0; c < kPanel<S>; c += kWidth) {
-        for (int64_t r = 0; r < rows; r += kRows) {
+        for (int64_t r = 0; r < tile.rows; r += kRows) {
           multiply<S, kBytes, kRows, 3>(a + r, 1, kPanel<S>, b + c, kPanel<S>, depth, k > 0,
-                                        tile + r * kColumns<S> + q * kPanel<S> + c, kColumns<S>);
+                                        products + r * kColumns<S> + q + c, kColumns<S>);
         }
       }
     }
   }
 }
 
-// grad += tile times samples.
+// grad_i += sum_j c_ij z_j, with c_ij at c[i row + j step].
 template <typename S, int kBytes, int kRows>
-KDK_INLINE void add_gradient(const S* tile, const S* z, int64_t rows, int64_t columns,
-                             int64_t stride, S* grad) {
+KDK_INLINE void add_gradient(const S* c, int64_t row, int64_t step, const S* z, int64_t rows,
+                             int64_t depth, int64_t width, int64_t stride, S* grad) {
   constexpr int64_t kCount = Lanes<S, kBytes>::kCount;
   int64_t f = 0;
-  for (; f + 3 * kCount <= stride; f += 3 * kCount) {
+  for (; f + 3 * kCount <= width; f += 3 * kCount) {
     for (int64_t r = 0; r < rows; r += kRows) {
-      multiply<S, kBytes, kRows, 3>(tile + r * kColumns<S>, kColumns<S>, 1, z + f, stride, columns,
-                                    true, grad + r * stride + f, stride);
+      multiply<S, kBytes, kRows, 3>(c + r * row, row, step, z + f, stride, depth, true,
+                                    grad + r * stride + f, stride);
     }
   }
-  for (; f < stride; f += kCount) {
+  for (; f < width; f += kCount) {
     for (int64_t r = 0; r < rows; r += kRows) {
-      multiply<S, kBytes, kRows, 1>(tile + r * kColumns<S>, kColumns<S>, 1, z + f, stride, columns,
-                                    true, grad + r * stride + f, stride);
+      multiply<S, kBytes, kRows, 1>(c + r * row, row, step, z + f, stride, depth, true,
+                                    grad + r * stride + f, stride);
     }
   }
 }
 
-// Sums of w_i w_j k_ij over the task's rows: of pairs within its side, and of pairs across. With a
-// gradient, the rows' gradients by z are left in scratch.grad.
+// The sum of w_i w_j k_ij over a tile's pairs, and what they add to the gradients.
 template <typename S, int kBytes, int kRows>
-KDK_INLINE void run_task(const Task<S>& task, Scratch<S>& scratch, double* within, double* across) {
-  const Side<S>& own = task.sides[task.side];
-  const int64_t begin = task.panel * kPanel<S>, stride = task.stride;
-  const int64_t rows = std::min(kPanel<S>, own.count - begin);
-  S* tile = scratch.tile.reserve(kPanel<S> * kColumns<S>);
-  S* grad = nullptr;
-  if (task.gradient) {
-    grad = scratch.grad.reserve(kPanel<S> * stride);
-    std::fill_n(grad, kPanel<S> * stride, S(0));
-    std::fill_n(scratch.slope_sums, kPanel<S>, S(0));
+KDK_INLINE double run_tile(const Problem<S>& problem, const Tile<S>& tile, Scratch<S>& scratch) {
+  S* products = scratch.tile.reserve(kPanel<S> * kColumns<S>);
+  if (!problem.few) gram_tile<S, kBytes, kRows>(problem, tile, products);
+  double sum = 0;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    sum += run_row(problem, tile, r, products + r * kColumns<S>, scratch);
   }
-  *within = *across = 0;
-  for (int which = 0; which < (task.cross ? 2 : 1); ++which) {
-    const Side<S>& other = task.sides[which == 0 ? task.side : 1 - task.side];
-    const bool half = which == 0 && !task.gradient;
-    const S factor = static_cast<S>(which == 0 ? own.within : -1);
+  if (problem.few) return sum;
+  const int64_t stride = problem.stride;
+  if (tile.to_rows) {
+    add_gradient<S, kBytes, kRows>(products, kColumns<S>, 1, tile.other->z + tile.first * stride,
+                                   tile.rows, tile.columns, problem.width, stride,
+                                   tile.own->grad + tile.begin * stride);
+  }
+  if (tile.to_columns) {
+    add_gradient<S, kBytes, kRows>(products, 1, kColumns<S>, tile.own->z + tile.begin * stride,
+                                   tile.columns, tile.rows, problem.width, stride,
+                                   tile.other->grad + tile.first * stride);
+  }
+  return sum;
+}
+
+// The same over the pairs of two blocks, in either order where they are of one side.
+template <typename S, int kBytes, int kRows>
+KDK_INLINE double run_task(const Problem<S>& problem, const PanelBlock& a, const PanelBlock& b,
+                           Scratch<S>& scratch) {
+  const Side<S>&own = problem.sides[a.side], &other = problem.sides[b.side];
+  const bool within = a.side == b.side;
+  double sum = 0;
+  for (int64_t p = a.begin; p < a.end; ++p) {
     int64_t panels;
-    for (int64_t q = half ? task.panel : 0; q < other.panels; q += panels) {
-      // By halves, the panel's square is whole, and what is beyond it counts twice.
-      const bool diagonal = half && q == task.panel;
-      panels = diagonal ? 1 : std::min(kBlockPanels, other.panels - q);
-      const int64_t first = q * kPanel<S>;
-      const int64_t columns = std::min(panels * kPanel<S>, other.count - first);
-      if (!task.few) gram_tile<S, kBytes, kRows>(task, own, other, rows, q, panels, tile);
-      double sum = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        sum += own.weights[begin + r] * run_row(task, own, other, begin + r, r, first, columns,
-                                                factor, tile + r * kColumns<S>,
-                                                grad == nullptr ? nullptr : grad + r * stride,
-                                                scratch);
-      }
-      (which == 0 ? *within : *across) += half && !diagonal ? 2 * sum : sum;
-      if (task.gradient && !task.few) {
-        add_gradient<S, kBytes, kRows>(tile, other.z + first * stride, rows, columns, stride, grad);
-      }
+    for (int64_t q = a == b ? p : b.begin; q < b.end; q += panels) {
+      const bool diagonal = within && q == p;  // the panel with itself: has both orders
+      panels = diagonal ? 1 : std::min(kBlockPanels, b.end - q);
+      Tile<S> tile;
+      tile.own = &own;
+      tile.other = &other;
+      tile.begin = p * kPanel<S>;
+      tile.rows = std::min(kPanel<S>, own.count - tile.begin);
+      tile.first = q * kPanel<S>;
+      tile.columns = std::min(panels * kPanel<S>, other.count - tile.first);
+      tile.factor = static_cast<S>(within ? own.within : -1);
+      tile.to_rows = own.grad != nullptr;
+      tile.to_columns = other.grad != nullptr && !diagonal;
+      const double part = run_tile<S, kBytes, kRows>(problem, tile, scratch);
+      sum += within && !diagonal ? 2 * part : part;
     }
   }
-  if (!task.gradient) return;
-  const bool products = task.kernel->of_products();
-  for (int64_t r = 0; r < rows; ++r) {
-    const S* z = own.z + (begin + r) * stride;
-    const S weight = own.weights[begin + r], sum = scratch.slope_sums[r];
-    S* to = grad + r * stride;
-    if (products) {
+  return sum;
+}
+
+// From the sums of a sample to its gradient, in their place.
+template <typename S>
+KDK_INLINE void to_gradient(const Problem<S>& problem, const Side<S>& side, int64_t i) {
+  const S* z = side.z + i * problem.stride;
+  const S sum = side.slopes[i];
+  S* grad = side.grad + i * problem.stride;
+  if (problem.kernel->of_products()) {
 #pragma omp simd
-      for (int64_t j = 0; j < stride; ++j) to[j] = 2 * weight * to[j];
-    } else {
+    for (int64_t j = 0; j < problem.stride; ++j) grad[j] = 2 * grad[j];
+  } else {
 #pragma omp simd
-      for (int64_t j = 0; j < stride; ++j) to[j] = 4 * weight * (sum * z[j] - to[j]);
-    }
+    for (int64_t j = 0; j < problem.stride; ++j) grad[j] = 4 * (sum * z[j] - grad[j]);
   }
 }
 
 #ifdef KDK_ISAS
-KDK_V4 void task_v4(const Task<float>& t, Scratch<float>& s, double* within, double* across) {
-  run_task<float, 64, 8>(t, s, within, across);
-}
-KDK_V4 void task_v4(const Task<double>& t, Scratch<double>& s, double* within, double* across) {
-  run_task<double, 64, 8>(t, s, within, across);
-}
-KDK_V3 void task_v3(const Task<float>& t, Scratch<float>& s, double* within, double* across) {
-  run_task<float, 32, 4>(t, s, within, across);
-}
-KDK_V3 void task_v3(const Task<double>& t, Scratch<double>& s, double* within, double* across) {
-  run_task<double, 32, 4>(t, s, within, across);
-}
+#define KDK_TASK(name, attribute, S, bytes, rows)                                            \
+  attribute double name(const Problem<S>& problem, const PanelBlock& a, const PanelBlock& b, \
+                        Scratch<S>& scratch) {                                               \
+    return run_task<S, bytes, rows>(problem, a, b, scratch);                                 \
+  }
+KDK_TASK(task_v4, KDK_V4, float, 64, 8)
+KDK_TASK(task_v4, KDK_V4, double, 64, 8)
+KDK_TASK(task_v3, KDK_V3, float, 32, 4)
+KDK_TASK(task_v3, KDK_V3, double, 32, 4)
+#undef KDK_TASK
 #endif
 
 template <typename S>
-void any_task(const Task<S>& task, Scratch<S>& scratch, double* within, double* across) {
+double any_task(const Problem<S>& problem, const PanelBlock& a, const PanelBlock& b,
+                Scratch<S>& scratch) {
 #ifdef KDK_ISAS
-  if (isa() == 4) return task_v4(task, scratch, within, across);
-  if (isa() == 3) return task_v3(task, scratch, within, across);
+  if (isa() == 4) return task_v4(problem, a, b, scratch);
+  if (isa() == 3) return task_v3(problem, a, b, scratch);
 #endif
-  run_task<S, 16, 4>(task, scratch, within, across);
+  return run_task<S, 16, 4>(problem, a, b, scratch);
 }
 
 // The samples' rows of one panel, less the centre, and packed.
@@ -510,19 +562,19 @@ KDK_CLONES void prepare(const MmdParams& p, const double* x, int64_t x_stride, c
   prepare_panel(p, x, x_stride, centre, panel, stride, pack, side);
 }
 
-// body(i, scratch) for i in [0, n), shared out as threads come free.
+// body(i, scratch) for i in [0, n), taken one after the other as threads come free.
 template <typename S, typename Body>
-void for_each(int64_t n, int threads, const Body& body) {
+void in_order(int64_t n, int threads, const Body& body) {
   if (threads <= 1 || n <= 1) {
     Scratch<S> scratch;
     for (int64_t i = 0; i < n; ++i) body(i, scratch);
     return;
   }
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, n)))
   {
     Scratch<S> scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; ++i) body(i, scratch);
+    for (int64_t i = next++; i < n; i = next++) body(i, scratch);
   }
 }
 
@@ -570,30 +622,62 @@ Kernel<S> kernel_of(const MmdParams& params, double mean_distance) {
   return kernel;
 }
 
-// Sums over all pairs: within x, within y, across.
+// Panels in a block: of few, one each, so that all threads have work.
+int64_t panels_of_block(int64_t panels) { return panels < 32 ? 1 : panels < 64 ? 2 : kBlockPanels; }
+
+// Sums over all pairs: within x, within y, across. Gradients are left in the sides', and given to
+// `store(side, i)`.
 template <typename S, typename Store>
-void run_pairs(const Side<S>* sides, const Kernel<S>& kernel, int64_t features, int64_t stride,
-               bool few, bool unbiased, const bool* gradient, int threads, Buffer<double>& room,
-               double* sums, const Store& store) {
+void run_pairs(const Problem<S>& problem, int threads, double* sums, const Store& store) {
+  const Side<S>* sides = problem.sides;
   const int64_t panels = sides[0].panels + sides[1].panels;
-  double* each = room.reserve(2 * panels);
-  // Pairs across are summed by one side, but visited by all that have a gradient.
-  const int summing = gradient[1] && !gradient[0] ? 1 : 0;
-  for_each<S>(panels, threads, [&](int64_t i, Scratch<S>& scratch) {
-    const int side = i < sides[0].panels ? 0 : 1;
-    const int64_t panel = side == 0 ? i : i - sides[0].panels;
-    const Task<S> task = {sides,         &kernel,  features,
-                          stride,        side,     panel,
-                          few,           unbiased, gradient[side] || side == summing,
-                          gradient[side]};
-    any_task(task, scratch, each + 2 * i, each + 2 * i + 1);
-    if (task.gradient) store(side, panel, scratch.grad.reserve(0));
-  });
+  const int64_t size = panels_of_block(panels);
+  std::vector<PanelBlock> blocks;
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t p = 0; p < sides[side].panels; p += size) {
+      blocks.push_back({side, p, std::min(p + size, sides[side].panels)});
+    }
+  }
+  const auto count = static_cast<int64_t>(blocks.size());
+  // Blocks i and j meet in round i + j, of an odd number of rounds: once, and each meets one a
+  // round.
+  const int64_t rounds = count + (count + 1) % 2;
+  std::vector<double> within(count), across(count);
+  std::vector<std::atomic<int64_t>> done(count);  // rounds
+  const auto await = [&](int64_t i, int64_t round) {
+    while (done[i].load(std::memory_order_acquire) != round) std::this_thread::yield();
+  };
+  // Taken in this order, a task waits for none that has not been taken.
+  const auto meet = [&](int64_t round, int64_t i, Scratch<S>& scratch) {
+    const int64_t j = (round + rounds - i) % rounds;
+    if (i > j) return;
+    await(i, round);
+    if (j < count) {
+      await(j, round);
+      const double sum = any_task(problem, blocks[i], blocks[j], scratch);
+      (blocks[i].side == blocks[j].side ? within : across)[i] += sum;
+      done[j].store(round + 1, std::memory_order_release);
+    }
+    done[i].store(round + 1, std::memory_order_release);
+  };
+  const auto finish = [&](int64_t k) {
+    const PanelBlock& block = blocks[k];
+    const Side<S>& side = sides[block.side];
+    if (side.grad == nullptr) return;
+    const int64_t end = std::min(block.end * kPanel<S>, side.count);
+    for (int64_t i = block.begin * kPanel<S>; i < end; ++i) {
+      to_gradient(problem, side, i);
+      store(block.side, i);
+    }
+  };
+  const int64_t useful = std::max<int64_t>(1, (count + 1) / 2);
+  in_order<S>(rounds * count, static_cast<int>(std::min<int64_t>(threads, useful)),
+              [&](int64_t k, Scratch<S>& scratch) { meet(k / count, k % count, scratch); });
+  in_order<S>(count, threads, [&](int64_t k, Scratch<S>&) { finish(k); });
   sums[0] = sums[1] = sums[2] = 0;
-  for (int64_t i = 0; i < panels; ++i) {  // in their order, whatever the number of threads
-    const int side = i < sides[0].panels ? 0 : 1;
-    sums[side] += each[2 * i];
-    if (side == summing) sums[2] += each[2 * i + 1];
+  for (int64_t i = 0; i < count; ++i) {
+    sums[blocks[i].side] += within[i];
+    sums[2] += across[i];
   }
 }
 
@@ -601,7 +685,8 @@ template <typename T>
 double run_job(const MmdParams& params, const Job& job, int threads,
                Room<typename Statistics<T>::Type>& room) {
   using S = typename Statistics<T>::Type;
-  const int64_t d = params.features, stride = (d + kLane<S> - 1) / kLane<S> * kLane<S>;
+  const int64_t d = params.features, width = (d + kLane<S> - 1) / kLane<S> * kLane<S>;
+  const int64_t stride = width / kLane<S> % 2 == 0 ? width + kLane<S> : width;
   const int64_t counts[2] = {job.count_x, job.count_y};
   const int64_t samples[2] = {params.x_samples, params.y_samples};
   const int64_t row_strides[2] = {params.x_stride, params.y_stride};
@@ -638,12 +723,15 @@ double run_job(const MmdParams& params, const Job& job, int threads,
   S* packed = few ? nullptr : room.packed.reserve(panels * d * kPanel<S>);
   S* squares = room.squares.reserve(panels * kPanel<S>);
   S* shares = room.weights.reserve(panels * kPanel<S>);
+  S* slopes = room.slopes.reserve(panels * kPanel<S>);
   S* centre = z + count * stride;
   for (int s = 0; s < 2; ++s) {
     sides[s].z = at(z, s, sides[0].count * stride);
     sides[s].packed = few ? nullptr : at(packed, s, sides[0].panels * d * kPanel<S>);
     sides[s].squares = at(squares, s, sides[0].panels * kPanel<S>);
     sides[s].weights = at(shares, s, sides[0].panels * kPanel<S>);
+    sides[s].slopes = at(slopes, s, sides[0].panels * kPanel<S>);
+    sides[s].grad = nullptr;
     for (int64_t i = 0; i < sides[s].panels * kPanel<S>; ++i) {
       sides[s].weights[i] =
           i < sides[s].count ? static_cast<S>(weight_of(weights[s], sides[s].rows[i]) / totals[s])
@@ -667,7 +755,7 @@ double run_job(const MmdParams& params, const Job& job, int threads,
     }
     for (int64_t f = 0; f < d; ++f) centre[f] /= static_cast<S>(taken);
   }
-  for_each<S>(panels, threads, [&](int64_t i, Scratch<S>&) {
+  in_order<S>(panels, threads, [&](int64_t i, Scratch<S>&) {
     const int s = i < sides[0].panels ? 0 : 1;
     prepare(params, bases[s], row_strides[s], centre, s == 0 ? i : i - sides[0].panels, stride,
             !few, sides[s]);
@@ -682,24 +770,30 @@ double run_job(const MmdParams& params, const Job& job, int threads,
 
   double sums[3];
   double mean_distance = 0;
-  const auto nothing = [](int, int64_t, const S*) {};
+  Problem<S> problem = {sides, nullptr, d, width, stride, few, false};
   if (params.bandwidths == nullptr && !products && params.kernel != MmdKernel::kEnergy) {
     const Kernel<S> distance = {kDistance, {}, {}, S(0)};
-    const bool no_gradient[2] = {false, false};
-    run_pairs(sides, distance, d, stride, few, false, no_gradient, threads, room.sums, sums,
-              nothing);
+    problem.kernel = &distance;
+    run_pairs(problem, threads, sums, [](int, int64_t) {});
     mean_distance = (sums[0] + sums[1] + sums[2]) / 3;
   }
   const Kernel<S> kernel = kernel_of<S>(params, mean_distance);
-  const bool gradient[2] = {grads[0] != nullptr, grads[1] != nullptr};
-  run_pairs(sides, kernel, d, stride, few, params.unbiased, gradient, threads, room.sums, sums,
-            [&](int s, int64_t panel, const S* grad) {
-              const int64_t begin = panel * kPanel<S>;
-              const int64_t rows = std::min(kPanel<S>, sides[s].count - begin);
-              for (int64_t r = 0; r < rows; ++r) {
-                narrow_row(grad + r * stride, d, grads[s] + sides[s].rows[begin + r] * d);
-              }
-            });
+  problem.kernel = &kernel;
+  problem.unbiased = params.unbiased;
+  if (grads[0] != nullptr || grads[1] != nullptr) {
+    // Tiles are whole, pairs are not.
+    const int64_t rows = few ? count : panels * kPanel<S>;
+    S* grad = room.grad.reserve(rows * stride);
+    std::fill_n(slopes, panels * kPanel<S>, S(0));
+    std::fill_n(grad, rows * stride, S(0));
+    for (int s = 0; s < 2; ++s) {
+      const int64_t before = few ? sides[0].count : sides[0].panels * kPanel<S>;
+      if (grads[s] != nullptr) sides[s].grad = at(grad, s, before * stride);
+    }
+  }
+  run_pairs(problem, threads, sums, [&](int s, int64_t i) {
+    narrow_row(sides[s].grad + i * stride, d, grads[s] + sides[s].rows[i] * d);
+  });
   const double loss = sides[0].within * sums[0] + sides[1].within * sums[1] - 2 * sums[2];
   return !params.unbiased && loss < 0 ? 0 : loss;
 }
@@ -731,7 +825,7 @@ void run_jobs(const MmdParams& params, int threads) {
   }
   const int count = static_cast<int>(std::min<double>(threads, std::max(1.0, small_work)));
   const int64_t pieces = std::min<int64_t>(static_cast<int64_t>(small.size()), 8 * count);
-  for_each<S>(pieces, count, [&](int64_t piece, Scratch<S>&) {
+  in_order<S>(pieces, count, [&](int64_t piece, Scratch<S>&) {
     Room<S> own;
     const int64_t n = static_cast<int64_t>(small.size());
     for (int64_t i = n * piece / pieces; i < n * (piece + 1) / pieces; ++i) {
