@@ -70,7 +70,7 @@ def test_one_sample_has_no_covariance(backend):
     assert loss == 0 and all((g == 0).all() for g in got)
 
 
-@pytest.mark.parametrize(("n", "d"), [(300, 40), (60, 200)], ids=["n > d", "n < d"])
+@pytest.mark.parametrize(("n", "d"), [(300, 40), (1300, 40), (60, 200)], ids=["n > d", "parts", "n < d"])
 def test_whatever_the_threads(n, d):
     x, y = (z.float() for z in features(n, d, m=n - 7))
     assert_same_bits_whatever_the_threads(lambda: gradients(coral, x, y))
@@ -91,7 +91,7 @@ def test_near_convergence(backend, shape):
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize(
     ("batch", "n", "m", "d"),
-    [((3,), 65, 64, 63), ((), 300, 520, 70), ((2, 2), 9, 17, 129), ((), 66, 70, 131)],
+    [((3,), 65, 64, 63), ((), 300, 520, 70), ((2, 2), 9, 17, 129), ((), 66, 70, 131), ((), 20, 30, 300)],
 )
 def test_sizes(backend, batch, n, m, d, weighted):
     """Several tiles, and parts of the samples; a first sample that is far away and has no weight."""

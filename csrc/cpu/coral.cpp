@@ -3,8 +3,11 @@
 //
 // With A and B the centred samples, scaled so that A^T A and B^T B are the covariances, and D = A -
 // B, E = A + B: one product, D^T E, where there are at least as many samples as features, else
-// three of samples with samples. Each sum is one thread's, in one order, so that results do not
-// depend on their number.
+// three of samples with samples.
+//
+// Threads take contiguous runs of samples, which stay in their caches from one step to the next,
+// whatever is summed over samples by parts of a fixed size, and each of these sums is one thread's,
+// in one order: results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -20,9 +23,14 @@
 namespace kdkernels::cpu {
 namespace {
 
-// Columns that are centred together, and rows of a product, that a thread takes at once.
-constexpr int64_t kColumns = 32;
+// What a thread takes at once: samples that are summed and centred, and rows of a product; and
+// columns for which sums are on the stack.
+constexpr int64_t kSamples = 128;
 constexpr int64_t kRows = 16;
+constexpr int64_t kColumns = 256;
+// Samples whose products are one part of a sum, at least: no more parts than take the room of the
+// samples.
+constexpr int64_t kDepth = 512;
 
 // The samples of one side that have weight.
 struct Side {
@@ -34,7 +42,8 @@ struct Side {
 template <typename S>
 struct Room {
   Side sides[2];
-  Buffer<S> difference, sum, cross, grams[2], packed[2];
+  Buffer<S> difference, sum, parts, cross, grams[2], packed[2], means, origins;
+  Buffer<double> totals;
   std::vector<double> losses;
 };
 
@@ -63,67 +72,111 @@ bool find_samples(const S* weights, const Job& job, int64_t count, Side& side) {
   return true;
 }
 
-// Some columns of D and E, from samples of any type.
+// The samples of one side, of any type.
 template <typename T>
-KDK_INLINE void centre(const T* const bases[2], const int64_t strides[2], const Side sides[2],
-                       int64_t samples, int64_t begin, int64_t n, int64_t width,
-                       typename Statistics<T>::Type* difference,
-                       typename Statistics<T>::Type* sum) {
-  using S = typename Statistics<T>::Type;
-  S mean[2][kColumns], origin[2][kColumns], buffer[2][kColumns];
-  const auto row = [&](int s, int64_t i) KDK_INLINED {
-    return widen_block(bases[s] + sides[s].rows[i] * strides[s] + begin, n, buffer[s]);
-  };
-  for (int s = 0; s < 2; ++s) {
-    // From the first sample, so that what is constant is exactly 0.
-    double total[kColumns];
-    std::copy_n(row(s, 0), n, origin[s]);
+struct Samples {
+  const T* base;
+  int64_t stride, features;
+  const Side* side;
+  int64_t count() const { return static_cast<int64_t>(side->rows.size()); }
+  KDK_INLINE const T* row(int64_t i) const { return base + side->rows[i] * stride; }
+};
+
+// Sums of some samples times their weights, less the first of all: what is constant is exactly 0.
+template <typename T, typename S>
+KDK_INLINE void add_up(const Samples<T>& samples, int64_t begin, int64_t end, const S* origin,
+                       double* total) {
+  S buffer[kColumns];
+  for (int64_t f = 0; f < samples.features; f += kColumns) {
+    const int64_t n = std::min(kColumns, samples.features - f);
     sum_rows<S, kColumns>(
-        static_cast<int64_t>(sides[s].rows.size()), n,
+        std::max<int64_t>(0, end - begin), n,
         [&](int64_t i, S* sum) KDK_INLINED {
-          add_values(row(s, i), origin[s], static_cast<S>(sides[s].weights[i]), n, sum);
+          add_values(widen_block(samples.row(begin + i) + f, n, buffer), origin + f,
+                     static_cast<S>(samples.side->weights[begin + i]), n, sum);
         },
-        total);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) mean[s][j] = static_cast<S>(total[j]);
+        total + f);
   }
-  const int64_t counts[2] = {static_cast<int64_t>(sides[0].rows.size()),
-                             static_cast<int64_t>(sides[1].rows.size())};
-  for (int64_t i = 0; i < samples; ++i) {
-    S centred[2][kColumns];
-    for (int s = 0; s < 2; ++s) {
-      if (i >= counts[s]) {
-        std::fill_n(centred[s], n, S(0));
-        continue;
+}
+
+// Some rows of D and E.
+template <typename T, typename S>
+KDK_INLINE void centre(const Samples<T>* sides, const S* const origins[2], const S* const means[2],
+                       int64_t begin, int64_t end, int64_t width, S* difference, S* sum) {
+  S buffer[kColumns], centred[2][kColumns];
+  const int64_t features = sides[0].features;
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t f = 0; f < features; f += kColumns) {
+      const int64_t n = std::min(kColumns, features - f);
+      for (int s = 0; s < 2; ++s) {
+        if (i >= sides[s].count()) {
+          std::fill_n(centred[s], n, S(0));
+          continue;
+        }
+        const S* x = widen_block(sides[s].row(i) + f, n, buffer);
+        const S *origin = origins[s] + f, *mean = means[s] + f;
+        const S scale = static_cast<S>(sides[s].side->scales[i]);
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) centred[s][j] = scale * ((x[j] - origin[j]) - mean[j]);
       }
-      const S* x = row(s, i);
-      const S scale = static_cast<S>(sides[s].scales[i]);
+      S* d = difference + i * width + f;
+      S* e = sum + i * width + f;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        centred[s][j] = scale * ((x[j] - origin[s][j]) - mean[s][j]);
+        d[j] = centred[0][j] - centred[1][j];
+        e[j] = centred[0][j] + centred[1][j];
       }
-    }
-    S* d = difference + i * width + begin;
-    S* e = sum + i * width + begin;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      d[j] = centred[0][j] - centred[1][j];
-      e[j] = centred[0][j] + centred[1][j];
     }
   }
 }
 
-#define KDK_CENTRE(name, T, S)                                                                  \
-  KDK_CLONES void name(const T* const bases[2], const int64_t strides[2], const Side sides[2],  \
-                       int64_t samples, int64_t begin, int64_t n, int64_t width, S* difference, \
-                       S* sum) {                                                                \
-    centre(bases, strides, sides, samples, begin, n, width, difference, sum);                   \
+#define KDK_SAMPLES(T, S)                                                                         \
+  KDK_CLONES void add_up_rows(const Samples<T>& samples, int64_t begin, int64_t end,              \
+                              const S* origin, double* total) {                                   \
+    add_up(samples, begin, end, origin, total);                                                   \
+  }                                                                                               \
+  KDK_CLONES void centre_rows(const Samples<T>* sides, const S* const origins[2],                 \
+                              const S* const means[2], int64_t begin, int64_t end, int64_t width, \
+                              S* difference, S* sum) {                                            \
+    centre(sides, origins, means, begin, end, width, difference, sum);                            \
   }
-KDK_CENTRE(centre_of, float, float)
-KDK_CENTRE(centre_of, Float16, float)
-KDK_CENTRE(centre_of, BFloat16, float)
-KDK_CENTRE(centre_of, double, double)
-#undef KDK_CENTRE
+KDK_SAMPLES(float, float)
+KDK_SAMPLES(Float16, float)
+KDK_SAMPLES(BFloat16, float)
+KDK_SAMPLES(double, double)
+#undef KDK_SAMPLES
+
+// a and b become a + b and a - b.
+template <typename S>
+KDK_INLINE void butterfly(int64_t n, S* a, S* b) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const S sum = a[i] + b[i], difference = a[i] - b[i];
+    a[i] = sum;
+    b[i] = difference;
+  }
+}
+
+// a = scale (a + b); b may be null.
+template <typename S>
+KDK_INLINE void add_and_scale(int64_t n, S scale, const S* b, S* a) {
+  if (b == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) a[i] *= scale;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) a[i] = scale * (a[i] + b[i]);
+  }
+}
+
+#define KDK_VECTORS(S)                                                        \
+  KDK_CLONES void butterfly_of(int64_t n, S* a, S* b) { butterfly(n, a, b); } \
+  KDK_CLONES void add_and_scale_of(int64_t n, S scale, const S* b, S* a) {    \
+    add_and_scale(n, scale, b, a);                                            \
+  }
+KDK_VECTORS(float)
+KDK_VECTORS(double)
+#undef KDK_VECTORS
 
 // grad[rows of a side] = factor scale (a b (+ c d)), with a (samples, depth) in rows.
 template <typename T>
@@ -147,25 +200,11 @@ struct Gradient {
     for (int64_t i = 0; i < n; ++i) {
       const S scale = static_cast<S>(factor * side->scales[begin + i]);
       S* row = first + i * width;
-      const S* other = second + i * width;
-      for (int64_t j = 0; j < features; ++j) {
-        row[j] = scale * (c == nullptr ? row[j] : row[j] + other[j]);
-      }
+      add_and_scale_of(features, scale, c == nullptr ? nullptr : second + i * width, row);
       narrow_row(row, features, grad + side->rows[begin + i] * features);
     }
   }
 };
-
-// a and b become a + b and a - b.
-template <typename S>
-void butterfly(int64_t n, S* a, S* b) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const S sum = a[i] + b[i], difference = a[i] - b[i];
-    a[i] = sum;
-    b[i] = difference;
-  }
-}
 
 template <typename T>
 double run_job(const PairParams& params, const Job& job, int threads,
@@ -192,12 +231,33 @@ double run_job(const PairParams& params, const Job& job, int threads,
   }
   if (!there) return 0;
 
-  const auto samples =
-      static_cast<int64_t>(std::max(room.sides[0].rows.size(), room.sides[1].rows.size()));
+  const Samples<T> sides[2] = {{bases[0], strides[0], d, &room.sides[0]},
+                               {bases[1], strides[1], d, &room.sides[1]}};
+  const int64_t samples = std::max(sides[0].count(), sides[1].count());
+  const int64_t pieces = (samples + kSamples - 1) / kSamples;
   S* difference = room.difference.reserve(samples * width);
   S* sum = room.sum.reserve(samples * width);
+  S* const origins[2] = {room.origins.reserve(2 * d), room.origins.reserve(2 * d) + d};
+  S* const means[2] = {room.means.reserve(2 * d), room.means.reserve(2 * d) + d};
+  double* totals = room.totals.reserve(pieces * 2 * d);
+  for (int s = 0; s < 2; ++s) widen_row(sides[s].row(0), d, origins[s]);
+  share_out(samples, kSamples, threads, [&](int64_t begin, int64_t end) {
+    for (int s = 0; s < 2; ++s) {
+      add_up_rows(sides[s], begin, std::min(end, sides[s].count()), origins[s],
+                  totals + (begin / kSamples * 2 + s) * d);
+    }
+  });
   share_out(d, kColumns, threads, [&](int64_t begin, int64_t end) {
-    centre_of(bases, strides, room.sides, samples, begin, end - begin, width, difference, sum);
+    for (int s = 0; s < 2; ++s) {
+      for (int64_t j = begin; j < end; ++j) {
+        double total = 0;
+        for (int64_t k = 0; k < pieces; ++k) total += totals[(k * 2 + s) * d + j];
+        means[s][j] = static_cast<S>(total);
+      }
+    }
+  });
+  share_out(samples, kSamples, threads, [&](int64_t begin, int64_t end) {
+    centre_rows(sides, origins, means, begin, end, width, difference, sum);
   });
 
   const bool by_features = d <= samples;
@@ -206,9 +266,21 @@ double run_job(const PairParams& params, const Job& job, int threads,
   S *of_difference = nullptr, *of_sum = nullptr;
   room.losses.assign(size, 0.0);
   if (by_features) {
+    const int64_t depth = std::max(kDepth, d), parts = (samples + depth - 1) / depth;
+    const int64_t blocks = (size + kRows - 1) / kRows;
+    S* part = room.parts.reserve(parts * size * stride);
+    share_out(parts * blocks, 1, threads, [&](int64_t i, int64_t) {
+      const int64_t from = i / blocks * depth, first = i % blocks * kRows;
+      product(std::min(kRows, size - first), stride, std::min(depth, samples - from),
+              difference + from * width + first, 1, width, sum + from * width, width,
+              part + (i / blocks * size + first) * stride, stride);
+    });
     share_out(size, kRows, threads, [&](int64_t begin, int64_t end) {
-      product(end - begin, stride, samples, difference + begin, 1, width, sum, width,
-              cross + begin * stride, stride);
+      const int64_t n = (end - begin) * stride;
+      std::copy_n(part + begin * stride, n, cross + begin * stride);
+      for (int64_t k = 1; k < parts; ++k) {
+        add_and_scale_of(n, S(1), part + (k * size + begin) * stride, cross + begin * stride);
+      }
     });
     // Its symmetric half is the difference of the covariances.
     share_out(size, kRows, threads, [&](int64_t begin, int64_t end) {
@@ -255,48 +327,50 @@ double run_job(const PairParams& params, const Job& job, int threads,
   for (const double part : room.losses) loss += part;
   const double unit = 1 / (4.0 * static_cast<double>(d) * static_cast<double>(d));
 
-  if (by_features && (grads[0] != nullptr || grads[1] != nullptr)) {
-    share_out(samples, kRows, threads, [&](int64_t begin, int64_t end) {  // 2 A and 2 B
-      butterfly((end - begin) * width, sum + begin * width, difference + begin * width);
-    });
-  }
+  Gradient<T> gradients[2];
   for (int s = 0; s < 2; ++s) {
-    if (grads[s] == nullptr) continue;
     const double sign = s == 0 ? 1 : -1;
-    Gradient<T> gradient = {by_features ? (s == 0 ? sum : difference) : nullptr,
-                            by_features ? cross : sum,
-                            nullptr,
-                            by_features ? nullptr : difference,
-                            by_features ? d : samples,
-                            by_features ? width : stride,
-                            width,
-                            d,
-                            by_features ? 2 * sign * unit : unit,
-                            &room.sides[s],
-                            grads[s]};
-    share_out(static_cast<int64_t>(room.sides[s].rows.size()), kRows, threads,
-              [&](int64_t begin, int64_t end) {
-                Buffer<S> own, mixed;
-                Gradient<T> part = gradient;
-                if (!by_features) {
-                  // (E + D)(D^T E + E^T D) of x, (E - D)(...) of y, through the samples' products.
-                  const int64_t n = end - begin;
-                  S* of_e = mixed.reserve(2 * n * stride);
-                  S* of_d = of_e + n * stride;
-                  for (int64_t i = begin; i < end; ++i) {
-                    for (int64_t j = 0; j < size; ++j) {
-                      const S across = cross[i * stride + j], back = cross[j * stride + i];
-                      const S e = of_sum[i * stride + j], f = of_difference[i * stride + j];
-                      of_e[(i - begin) * stride + j] = s == 0 ? across + f : f - across;
-                      of_d[(i - begin) * stride + j] = s == 0 ? e + back : back - e;
-                    }
-                  }
-                  part.a = of_e - begin * stride;
-                  part.c = of_d - begin * stride;
-                }
-                part.rows(begin, end, own);
-              });
+    gradients[s] = {by_features ? (s == 0 ? sum : difference) : nullptr,
+                    by_features ? cross : sum,
+                    nullptr,
+                    by_features ? nullptr : difference,
+                    by_features ? d : samples,
+                    by_features ? width : stride,
+                    width,
+                    d,
+                    by_features ? 2 * sign * unit : unit,
+                    &room.sides[s],
+                    grads[s]};
   }
+  if (grads[0] == nullptr && grads[1] == nullptr) return loss * unit;
+  share_out(samples, kRows, threads, [&](int64_t begin, int64_t end) {
+    Buffer<S> own, mixed;
+    if (by_features) {  // 2 A and 2 B
+      butterfly_of((end - begin) * width, sum + begin * width, difference + begin * width);
+    }
+    for (int s = 0; s < 2; ++s) {
+      const int64_t last = std::min(end, sides[s].count());
+      if (grads[s] == nullptr || begin >= last) continue;
+      Gradient<T> part = gradients[s];
+      if (!by_features) {
+        // (E + D)(D^T E + E^T D) of x, (E - D)(...) of y, through the samples' products.
+        const int64_t n = last - begin;
+        S* of_e = mixed.reserve(2 * n * stride);
+        S* of_d = of_e + n * stride;
+        for (int64_t i = begin; i < last; ++i) {
+          for (int64_t j = 0; j < size; ++j) {
+            const S across = cross[i * stride + j], back = cross[j * stride + i];
+            const S e = of_sum[i * stride + j], f = of_difference[i * stride + j];
+            of_e[(i - begin) * stride + j] = s == 0 ? across + f : f - across;
+            of_d[(i - begin) * stride + j] = s == 0 ? e + back : back - e;
+          }
+        }
+        part.a = of_e - begin * stride;
+        part.c = of_d - begin * stride;
+      }
+      part.rows(begin, last, own);
+    }
+  });
   return loss * unit;
 }
 
@@ -320,10 +394,12 @@ void run_jobs(const PairParams& params, int threads) {
       losses[i] =
           run_job<T>(params, jobs[i], static_cast<int>(std::clamp(useful, 1.0, most)), room);
     }
-    for (Buffer<S>* buffer : {&room.difference, &room.sum, &room.cross, &room.grams[0],
-                              &room.grams[1], &room.packed[0], &room.packed[1]}) {
+    for (Buffer<S>* buffer :
+         {&room.difference, &room.sum, &room.parts, &room.cross, &room.means, &room.origins,
+          &room.grams[0], &room.grams[1], &room.packed[0], &room.packed[1]}) {
       buffer->end_of_call();
     }
+    room.totals.end_of_call();
   };
   if (together) {
     run(0, count);
