@@ -194,9 +194,9 @@ KDK_INLINE void multi_teacher_rows(const MultiTeacherKlDivParams& params, int64_
   auto* losses_out = static_cast<S*>(params.losses);
   const int64_t classes = params.classes;
   const bool has_gradient = params.grad_input != nullptr;
-  // With this many rows a thread's rows are less than 1/20 of the gradient. The choice must not
-  // depend on the number of threads: the two ways may round differently.
-  const bool shared = std::is_same<S, float>::value && params.rows >= (kHalf ? 128 : 64);
+  // With this many rows a thread's rows are less than 1/30 of a float32 gradient, 1/10 of a half
+  // one. The choice must not depend on the number of threads: the two ways may round differently.
+  const bool shared = std::is_same<S, float>::value && params.rows >= 64;
   Stash stash;
   stash.shift.resize(classes / kBlock + 1);
   Student student;
