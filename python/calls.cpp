@@ -7,14 +7,18 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,7 +27,7 @@
 namespace kdkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 const CpuKernels* kernels = nullptr;
@@ -91,7 +95,7 @@ const at::Tensor* plain(PyObject* object) {
                                     .raw_repr();
   const auto local = c10::impl::tls_local_dispatch_key_set();
   auto keys = (x.key_set() | local.included_) - local.excluded_;  // not const: torch 2.6
-  return (keys.raw_repr() & ~known) == 0 ? &x : nullptr;
+  return (keys.raw_repr() & ~known) == 0 && !x._fw_grad(0).defined() ? &x : nullptr;
 }
 
 struct Matrix {
@@ -140,32 +144,6 @@ at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
   return out;
 }
 
-// What the node keeps: the gradients that the forward computed, which the first backward hands out
-// where no graph of it is wanted; and how Python computes them otherwise, as
-// again(arguments, inputs, needs, grad_output), `needs` and what it gives being of the first
-// inputs.
-struct Kept : torch::CustomClassHolder {
-  variable_list gradients;  // of the first inputs; undefined where none is wanted
-  std::vector<int> places;  // among the inputs, of those that autograd knows
-  bool at_hand = true;
-  Object again, arguments;
-
-  ~Kept() override {
-    if (!Py_IsInitialized()) {
-      (void)again.release(), (void)arguments.release();
-      return;
-    }
-    const WithLock lock;
-    again.reset(), arguments.reset();
-  }
-};
-
-struct Made {
-  c10::intrusive_ptr<Kept> kept;
-  at::Tensor loss;
-  variable_list inputs;  // all of them, as again() takes them: undefined for None
-};
-
 void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
   const int64_t rows = upstream.numel();
   kernels->scale_rows({gradient.data_ptr(), upstream.data_ptr(), rows, gradient.numel() / rows,
@@ -173,54 +151,85 @@ void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
                       at::get_num_threads());
 }
 
-struct Loss : torch::autograd::Function<Loss> {
-  static at::Tensor forward(AutogradContext* ctx, at::TensorList, const Made& made) {
-    ctx->saved_data["kept"] = c10::IValue::make_capsule(made.kept);
-    ctx->save_for_backward(made.inputs);
-    return made.loss;
+// The node of a loss. It keeps the gradients that the forward computed, which the first backward
+// hands out where no graph of it is wanted; and how Python computes them otherwise, as
+// again(arguments, inputs, needs, grad_output), `needs` and what it gives being of the first
+// inputs. (A node of its own: one of torch's custom functions takes longer to set up.)
+struct Loss final : torch::autograd::Node {
+  variable_list gradients;            // of the first inputs; undefined where none is wanted
+  std::vector<int> places;            // among the inputs, of those that autograd knows
+  std::vector<SavedVariable> inputs;  // all of them: undefined for None
+  bool at_hand = true, released = false;
+  Object again, arguments;
+
+  ~Loss() override {
+    if (!Py_IsInitialized()) {
+      (void)again.release(), (void)arguments.release();
+      return;
+    }
+    const WithLock lock;
+    again.reset(), arguments.reset();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const auto capsule = ctx->saved_data["kept"].toCapsule();
-    auto& kept = static_cast<Kept&>(*capsule);
-    variable_list found(kept.places.size() + 1);  // the last is Made's
-    if (kept.at_hand && !at::GradMode::is_enabled()) {
-      kept.at_hand = false;
-      at::Tensor scale = upstream[0].resolve_neg();
+  std::string name() const override { return "KDKernelsLossBackward"; }
+
+  void release_variables() override {
+    inputs.clear();
+    released = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    at::Tensor upstream = grads[0].defined() ? grads[0] : input_metadata(0).zeros_like();
+    variable_list found(places.size());
+    if (at_hand && !at::GradMode::is_enabled()) {
+      at_hand = false;
+      at::Tensor scale = upstream.resolve_neg();
       if (scale.dim() > 1) scale = scale.reshape({-1});
-      for (size_t i = 0; i < kept.places.size(); ++i) {
-        at::Tensor& gradient = kept.gradients[kept.places[i]];
+      for (size_t i = 0; i < places.size(); ++i) {
+        at::Tensor& gradient = gradients[places[i]];
         if (!gradient.defined()) continue;
         scale_in_place(gradient, scale);
         found[i] = std::move(gradient);
       }
       return found;
     }
-    const variable_list saved = ctx->get_saved_variables();
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list given;
+    for (const SavedVariable& input : inputs) given.push_back(input.unpack());
     const WithLock lock;
-    const auto count = static_cast<Py_ssize_t>(saved.size());
-    const Object inputs = checked(PyTuple_New(count));
+    const auto count = static_cast<Py_ssize_t>(given.size());
+    const Object all = checked(PyTuple_New(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
-      PyTuple_SET_ITEM(inputs.get(), i, checked(THPVariable_Wrap(saved[i])).release());
+      PyTuple_SET_ITEM(all.get(), i, checked(THPVariable_Wrap(given[i])).release());
     }
-    const Object needs = checked(PyList_New(static_cast<Py_ssize_t>(kept.gradients.size())));
+    const Object needs = checked(PyList_New(static_cast<Py_ssize_t>(gradients.size())));
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(needs.get()); ++i) {
       PyList_SET_ITEM(needs.get(), i, PyBool_FromLong(0));
     }
-    for (size_t i = 0; i < kept.places.size(); ++i) {
-      PyList_SetItem(needs.get(), kept.places[i], PyBool_FromLong(ctx->needs_input_grad(i)));
+    for (size_t i = 0; i < places.size(); ++i) {
+      PyList_SetItem(needs.get(), places[i], PyBool_FromLong(task_should_compute_output(i)));
     }
-    const Object grad_output = checked(THPVariable_Wrap(upstream[0]));
-    const Object result =
-        checked(PyObject_CallFunctionObjArgs(kept.again.get(), kept.arguments.get(), inputs.get(),
-                                             needs.get(), grad_output.get(), nullptr));
-    for (size_t i = 0; i < kept.places.size(); ++i) {
-      const Object gradient = checked(PySequence_GetItem(result.get(), kept.places[i]));
+    const Object grad_output = checked(THPVariable_Wrap(upstream));
+    const Object result = checked(PyObject_CallFunctionObjArgs(
+        again.get(), arguments.get(), all.get(), needs.get(), grad_output.get(), nullptr));
+    for (size_t i = 0; i < places.size(); ++i) {
+      const Object gradient = checked(PySequence_GetItem(result.get(), places[i]));
       if (gradient.get() != Py_None) found[i] = THPVariable_Unpack(gradient.get());
     }
     return found;
   }
 };
+
+// torch holds nodes by one kind of pointer or the other, as its version has it.
+template <typename Of>
+auto new_node() {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<Of>();
+  } else {
+    return c10::make_intrusive<Of>();
+  }
+}
 
 // The loss as Python has it, with its node where there are gradients, which are those of the first
 // inputs. Of the call's args again() is given those from first to last.
@@ -230,23 +239,26 @@ PyObject* finish(variable_list inputs, variable_list gradients, at::Tensor loss,
   if (std::none_of(gradients.begin(), gradients.end(), wanted)) {
     return THPVariable_Wrap(std::move(loss));
   }
-  auto kept = c10::make_intrusive<Kept>();
-  variable_list known;
+  auto node = new_node<Loss>();
+  torch::autograd::edge_list edges;
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (!inputs[i].defined()) continue;
-    known.push_back(inputs[i]);
-    kept->places.push_back(static_cast<int>(i));
+    edges.push_back(torch::autograd::impl::gradient_edge(inputs[i]));
+    node->places.push_back(static_cast<int>(i));
   }
-  kept->gradients = std::move(gradients);
-  kept->arguments = checked(PyTuple_New(last - first));
+  node->set_next_edges(std::move(edges));
+  node->inputs.reserve(inputs.size());
+  for (const at::Tensor& input : inputs) node->inputs.emplace_back(input, false);
+  node->gradients = std::move(gradients);
+  node->arguments = checked(PyTuple_New(last - first));
   for (Py_ssize_t i = first; i < last; ++i) {
     Py_INCREF(args[i]);
-    PyTuple_SET_ITEM(kept->arguments.get(), i - first, args[i]);
+    PyTuple_SET_ITEM(node->arguments.get(), i - first, args[i]);
   }
   Py_INCREF(again);
-  kept->again.reset(again);
-  return THPVariable_Wrap(Loss::apply(at::TensorList(known),
-                                      Made{std::move(kept), std::move(loss), std::move(inputs)}));
+  node->again.reset(again);
+  torch::autograd::set_history(loss, node);
+  return THPVariable_Wrap(std::move(loss));
 }
 
 // Where a loss over rows goes: the rows' losses themselves, or their sum.

@@ -456,6 +456,41 @@ def test_nothing_stays():
     assert [sys.getrefcount(z) for z in (x, y, reduction, kl_div._again)] == before
 
 
+class Stop(torch.autograd.Function):
+    """Has no gradient to give to what comes before it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+def test_inputs_are_freed_with_the_graph_and_no_gradient_is_zero():
+    x, y = batch()
+    loss = kdkernels.kl_div(x.requires_grad_(), y)
+    teacher = weakref.ref(y)
+    del y
+    loss.backward()
+    gc.collect()
+    assert teacher() is None and loss.grad_fn.name() == "KDKernelsLossBackward"
+    y = batch()[1]
+    for run in (kdkernels.kl_div, in_python(kdkernels.kl_div)):
+        x.grad = None
+        Stop.apply(run(x, y)).backward()
+        assert x.grad is not None and not x.grad.any()
+
+
+def test_forward_mode_is_refused():
+    x, y = batch()
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(x.requires_grad_(), torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            kdkernels.kl_div(x, y)
+
+
 def test_a_backward_in_another_thread():
     x, y = batch()
     loss = kdkernels.kl_div(x.requires_grad_(), y)
