@@ -639,8 +639,8 @@ void run_pairs(const Problem<S>& problem, int threads, double* sums, const Store
     }
   }
   const auto count = static_cast<int64_t>(blocks.size());
-  // Blocks i and j meet in round i + j, of an odd number of rounds: once, and each meets one a
-  // round.
+  // Blocks i and j meet in round i + j, modulo an odd number of rounds: once, and each meets one in
+  // a round, itself included (or none, where there is an even number of blocks).
   const int64_t rounds = count + (count + 1) % 2;
   std::vector<double> within(count), across(count);
   std::vector<std::atomic<int64_t>> done(count);  // rounds

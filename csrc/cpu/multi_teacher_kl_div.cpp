@@ -124,7 +124,7 @@ struct TeacherSums {
 
 // One sweep with `guess`, c0 / ln 2, or with the first block's maxima for one where that is NaN.
 // False where the row must go the plain way.
-template <typename T>
+template <bool kStore, typename T>
 KDK_INLINE bool sweep(const T* input, const T* target, int64_t classes, const Student& student,
                       float& guess, TeacherSums& sums, float* v) {
   sums = {0, 0};
@@ -152,14 +152,14 @@ KDK_INLINE bool sweep(const T* input, const T* target, int64_t classes, const St
                      const float w = e[j] * element.minus_1;
                      difference += w;
                      excess += e[j] * element.excess;
-                     if (v != nullptr) v[begin + j] = w;
+                     if (kStore) v[begin + j] = w;
                    }
                    sums.E += difference, sums.A += excess;
                  });
   return largest < 100.0f;  // leaves room below the largest float for the sum of a row
 }
 
-template <typename T>
+template <bool kGradient, typename T>
 KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, float factor,
                               double scale, Student& student, float* v, float* gradient) {
   student.make(input, classes, factor);
@@ -168,7 +168,7 @@ KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, 
   bool good = false;
   // Until S has lost no more than a factor of 5 to the guess; the second guess is good.
   for (int attempt = 0; attempt < 2 && !student.underflows && !good; ++attempt) {
-    if (!sweep(input, target, classes, student, guess, sums, v)) break;
+    if (!sweep<kGradient>(input, target, classes, student, guess, sums, v)) break;
     const double ratio = 1 + sums.E / student.sum;
     good = !(ratio < 0.2 || ratio > 50);  // NaN is a result too
     if (!good && !(ratio > 1e-5 && ratio < 1e30)) break;
@@ -176,7 +176,7 @@ KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, 
   }
   if (!good) return add_plain(input, target, classes, factor, scale, gradient);
   const double r = sums.E / student.sum, S = student.sum + sums.E;
-  if (gradient != nullptr) {
+  if (kGradient) {
     const auto of_v = static_cast<float>(scale / S), of_e = static_cast<float>(scale / S * r);
     const float* e = student.e.data();
 #pragma omp simd
@@ -226,9 +226,12 @@ KDK_INLINE void multi_teacher_rows(const MultiTeacherKlDivParams& params, int64_
         const double scale = weight * inverse;
         if constexpr (std::is_same<S, double>::value) {
           loss = add_plain(input, target, classes, factor, scale, gradient);
+        } else if (shared && has_gradient) {
+          loss =
+              add_teacher<true>(input, target, classes, factor, scale, student, v.data(), gradient);
         } else if (shared) {
-          loss = add_teacher(input, target, classes, factor, scale, student,
-                             has_gradient ? v.data() : nullptr, gradient);
+          loss =
+              add_teacher<false>(input, target, classes, factor, scale, student, nullptr, nullptr);
         } else {
           loss = add_teacher(input, target, classes, factor, scale, stash, gradient);
         }
