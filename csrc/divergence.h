@@ -81,7 +81,9 @@ KDK_INLINE T total_variation_slope(T p, T q, T delta) {
 // first KL(P||M) + second KL(Q||M), M = mix P + (1 - mix) Q. With log P/M = -log(1 + (1 - mix)
 // (e^-D - 1)), log Q/M = -log(1 + mix (e^D - 1)) and g = 1 - P/M, the slope is first (1 - mix) g +
 // second (log Q/M - mix g).
-template <typename T>
+//
+// kEven: mix is 1/2, and neither way loses anything.
+template <typename T, bool kEven = false>
 struct Mixture {
   T log_p, log_q;  // log P/M, log Q/M
   T g;
@@ -98,24 +100,27 @@ struct Mixture {
     const T bounded = select(above, rest, mix) * e;
     const T bounded_log = -log_1_plus(bounded);
     // The two logarithms differ by D; but by way of D a small mix would lose what is left of it.
-    const T direct = -log_1_plus(select(above, mix, rest) * (-e / power));
-    const T other_log = select(size < T(80), direct, bounded_log - size);
+    T other_log = bounded_log - size;
+    if (!kEven) {
+      const T direct = -log_1_plus(select(above, mix, rest) * (-e / power));
+      other_log = select(size < T(80), direct, other_log);
+    }
     log_p = select(above, bounded_log, other_log);
     log_q = select(above, other_log, bounded_log);
     g = select(above, rest, -rest) * e / (T(1) + bounded);
   }
 };
 
-template <typename T>
+template <bool kEven = false, typename T>
 KDK_INLINE T mixture_loss(T p, T q, T delta, T mix, T first, T second) {
-  const Mixture<T> mixture(delta, mix);
+  const Mixture<T, kEven> mixture(delta, mix);
   const T m = mix * p + (T(1) - mix) * q;
   return first * kl_excess(p, m, mixture.log_p) + second * kl_excess(q, m, mixture.log_q);
 }
 
-template <typename T>
+template <bool kEven = false, typename T>
 KDK_INLINE T mixture_slope(T delta, T mix, T first, T second) {
-  const Mixture<T> mixture(delta, mix);
+  const Mixture<T, kEven> mixture(delta, mix);
   return first * (T(1) - mix) * mixture.g + second * (mixture.log_q - mix * mixture.g);
 }
 

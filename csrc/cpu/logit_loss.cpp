@@ -152,12 +152,12 @@ struct Terms {
   // One class, of logits s and t and D = log P - log Q: its part of the loss, and of the gradient,
   // which for a divergence with slopes a_j is Q_j a_j, still without the mean. (Two functions: a
   // struct of both keeps the compiler from vectorising.)
-  template <Divergence kD>
+  template <Divergence kD, bool kEven>
   KDK_INLINE S loss_of(S s, S t, S p, S q, S d) const {
     if constexpr (kD == Divergence::kReverseKl) {
       return reverse_kl_loss(p, q, d);
     } else if constexpr (kD == Divergence::kMixture) {
-      return mixture_loss(p, q, d, mix, first, second);
+      return mixture_loss<kEven>(p, q, d, mix, first, second);
     } else if constexpr (kD == Divergence::kTotalVariation) {
       return total_variation_loss(p, q, d);
     } else if constexpr (kD == Divergence::kDecoupled) {
@@ -175,12 +175,12 @@ struct Terms {
     }
   }
 
-  template <Divergence kD>
+  template <Divergence kD, bool kEven>
   KDK_INLINE S weight_of(S t, S p, S q, S d) const {
     if constexpr (kD == Divergence::kReverseKl) {
       return slope_gradient(q, reverse_kl_slope(d), S(0));
     } else if constexpr (kD == Divergence::kMixture) {
-      return slope_gradient(q, mixture_slope(d, mix, first, second), S(0));
+      return slope_gradient(q, mixture_slope<kEven>(d, mix, first, second), S(0));
     } else if constexpr (kD == Divergence::kTotalVariation) {
       return q * total_variation_slope(p, q, d);
     } else if constexpr (kD == Divergence::kReverseDecoupled) {
@@ -213,7 +213,7 @@ struct Found {
 };
 
 // g = factor w, and the sums; those from `moment` on only with kMoments.
-template <Divergence kD, bool kMoments, bool kSame, typename S>
+template <Divergence kD, bool kMoments, bool kSame, bool kEven, typename S>
 KDK_INLINE void visit_loop(const Terms<S>& terms, const Block<S>& block, S factor, S* g,
                            Found* found) {
   const Terms<S> row = terms;
@@ -224,8 +224,8 @@ KDK_INLINE void visit_loop(const Terms<S>& terms, const Block<S>& block, S facto
   for (int64_t j = 0; j < block.n; ++j) {
     const S p = t_exp[j] * p_scale, q = s_exp[j] * q_scale;
     const S d = kSame ? row.pair.delta_of_same(s[j], t[j]) : row.pair.delta(s[j], t[j]);
-    const S w = row.template weight_of<kD>(t[j], p, q, d);
-    loss += row.template loss_of<kD>(s[j], t[j], p, q, d);
+    const S w = row.template weight_of<kD, kEven>(t[j], p, q, d);
+    loss += row.template loss_of<kD, kEven>(s[j], t[j], p, q, d);
     weights += w;
     if (kMoments) {
       const bool masked = s[j] == -static_cast<S>(INFINITY);
@@ -244,10 +244,15 @@ KDK_INLINE void visit_loop(const Terms<S>& terms, const Block<S>& block, S facto
 template <Divergence kD, bool kMoments, typename S>
 KDK_INLINE void visit_block(const Terms<S>& terms, const Block<S>& block, S factor, S* g,
                             Found* found) {
-  if (terms.pair.same) {
-    visit_loop<kD, kMoments, true>(terms, block, factor, g, found);
+  // Half and half is worth a loop that takes one logarithm less, and loses no more than a bit.
+  constexpr bool kMixed = kD == Divergence::kMixture;
+  const bool even = kMixed && terms.mix == S(0.5);
+  if (terms.pair.same && even) {
+    visit_loop<kD, kMoments, true, kMixed>(terms, block, factor, g, found);
+  } else if (terms.pair.same) {
+    visit_loop<kD, kMoments, true, false>(terms, block, factor, g, found);
   } else {
-    visit_loop<kD, kMoments, false>(terms, block, factor, g, found);
+    visit_loop<kD, kMoments, false, false>(terms, block, factor, g, found);
   }
 }
 
