@@ -328,15 +328,20 @@ KDK_INLINE double power_sum_to(const S* x, int64_t n) {
   return sum;
 }
 
-// g_j += weight (x_j scale)^(2^kSquarings); returns the sum of that times s_j - max.
+// g_j += weight (x_j scale)^(2^kSquarings).
 template <int kSquarings, typename S>
-KDK_INLINE double add_power_to(S* g, const S* x, const S* s, int64_t n, S scale, S weight, S max) {
+KDK_INLINE void add_power_to(S* g, const S* x, int64_t n, S scale, S weight) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] += weight * squared(x[j] * scale, kSquarings);
+}
+
+// The sum of weight (x_j scale)^(2^kSquarings) (s_j - max).
+template <int kSquarings, typename S>
+KDK_INLINE double power_moment_of(const S* x, const S* s, int64_t n, S scale, S weight, S max) {
   S moment = 0;
 #pragma omp simd reduction(+ : moment)
   for (int64_t j = 0; j < n; ++j) {
-    const S part = weight * squared(x[j] * scale, kSquarings);
-    g[j] += part;
-    moment += part * below(s[j], max);
+    moment += weight * squared(x[j] * scale, kSquarings) * below(s[j], max);
   }
   return moment;
 }
@@ -446,37 +451,39 @@ constexpr int kMostSquarings = 4;
   }
 
 #define KDK_SUM(k) power_sum_to<k>(x, n)
-#define KDK_ADD(k) add_power_to<k>(g, x, s, n, scale, weight, max)
-#define KDK_LOOPS(S)                                                                            \
-  KDK_CLONES S maximum(const S* x, int64_t n) { return max_of(x, n); }                          \
-  KDK_CLONES double exponentials(const S* x, int64_t n, S max, S factor, S extra, S* out) {     \
-    return exp_to(x, n, max, factor, extra, out);                                               \
-  }                                                                                             \
-  KDK_CLONES double power_sum(const S* x, int64_t n, int squarings){                            \
-      KDK_BY_SQUARINGS(KDK_SUM)} KDK_CLONES double add_power(S* g, const S* x, const S* s,      \
-                                                             int64_t n, int squarings, S scale, \
-                                                             S weight, S max){KDK_BY_SQUARINGS( \
-      KDK_ADD)} KDK_CLONES double live_sum_from(const S* x, int64_t n, S from, double* count) { \
-    return live_sum_of(x, n, from, count);                                                      \
-  }                                                                                             \
-  KDK_CLONES double squares(const S* x, int64_t n, S from, S rest) {                            \
-    return squares_of(x, n, from, rest);                                                        \
-  }                                                                                             \
-  KDK_CLONES void center(S* g, const S* s_exp, S q_scale, int64_t n, S factor, S mean) {        \
-    center_of(g, s_exp, q_scale, n, factor, mean);                                              \
-  }                                                                                             \
-  KDK_CLONES void subtract_line(S* g, const S* s, int64_t n, S slope, S about, S level) {       \
-    subtract_line_from(g, s, n, slope, about, level);                                           \
-  }                                                                                             \
-  KDK_CLONES double squared_gaps(const S* s, const S* t, int64_t n) {                           \
-    return squared_gaps_of(s, t, n);                                                            \
-  }                                                                                             \
-  KDK_CLONES void add_gaps(S* g, const S* s, const S* t, int64_t n, S slope) {                  \
-    add_gaps_of(g, s, t, n, slope);                                                             \
-  }                                                                                             \
-  KDK_CLONES void statistics(const Terms<S>& terms, const S* s, const S* t, int64_t n,          \
-                             double* sums) {                                                    \
-    statistics_of(terms, s, t, n, sums);                                                        \
+#define KDK_ADD(k) add_power_to<k>(g, x, n, scale, weight)
+#define KDK_MOMENT(k) power_moment_of<k>(x, s, n, scale, weight, max)
+#define KDK_LOOPS(S)                                                                               \
+  KDK_CLONES S maximum(const S* x, int64_t n) { return max_of(x, n); }                             \
+  KDK_CLONES double exponentials(const S* x, int64_t n, S max, S factor, S extra, S* out) {        \
+    return exp_to(x, n, max, factor, extra, out);                                                  \
+  }                                                                                                \
+  KDK_CLONES double power_sum(const S* x, int64_t n, int squarings){KDK_BY_SQUARINGS(              \
+      KDK_SUM)} KDK_CLONES void add_power(S* g, const S* x, int64_t n, int squarings, S scale,     \
+                                          S weight){KDK_BY_SQUARINGS(                              \
+      KDK_ADD)} KDK_CLONES double power_moment(const S* x, const S* s, int64_t n, int squarings,   \
+                                               S scale, S weight, S max){KDK_BY_SQUARINGS(         \
+      KDK_MOMENT)} KDK_CLONES double live_sum_from(const S* x, int64_t n, S from, double* count) { \
+    return live_sum_of(x, n, from, count);                                                         \
+  }                                                                                                \
+  KDK_CLONES double squares(const S* x, int64_t n, S from, S rest) {                               \
+    return squares_of(x, n, from, rest);                                                           \
+  }                                                                                                \
+  KDK_CLONES void center(S* g, const S* s_exp, S q_scale, int64_t n, S factor, S mean) {           \
+    center_of(g, s_exp, q_scale, n, factor, mean);                                                 \
+  }                                                                                                \
+  KDK_CLONES void subtract_line(S* g, const S* s, int64_t n, S slope, S about, S level) {          \
+    subtract_line_from(g, s, n, slope, about, level);                                              \
+  }                                                                                                \
+  KDK_CLONES double squared_gaps(const S* s, const S* t, int64_t n) {                              \
+    return squared_gaps_of(s, t, n);                                                               \
+  }                                                                                                \
+  KDK_CLONES void add_gaps(S* g, const S* s, const S* t, int64_t n, S slope) {                     \
+    add_gaps_of(g, s, t, n, slope);                                                                \
+  }                                                                                                \
+  KDK_CLONES void statistics(const Terms<S>& terms, const S* s, const S* t, int64_t n,             \
+                             double* sums) {                                                       \
+    statistics_of(terms, s, t, n, sums);                                                           \
   }
 KDK_LOOPS(float)
 KDK_LOOPS(double)
@@ -495,6 +502,13 @@ KDK_CLONES void from_stash(const float* w, const float* e, int64_t n, float of_w
                            float* g) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) g[j] = of_w * w[j] - of_e * e[j];
+}
+
+// And with the exponentials of the input at temperature 1.
+KDK_CLONES void from_stash(const float* w, const float* e, const float* raw, int64_t n, float of_w,
+                           float of_e, float of_raw, float* g) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = of_w * w[j] - of_e * e[j] + of_raw * raw[j];
 }
 
 // Halves to floats, and back.
@@ -892,10 +906,15 @@ struct LogitLossRow {
                       rescale(pair.t_norm, t_max, pair.t_max, p.factor),
                       n};
     };
-    // g += weight times the exponentials at temperature 1, seen from `max`: powers of the tempered
-    // ones, or kept ones, or made here.
-    const auto add_unit = [&](S* g, const Block<S>& block, int64_t begin, double factor,
-                              int squarings, S weight, S max, bool is_raw) {
+    // The exponentials at temperature 1, seen from `max`: powers of the tempered ones times a
+    // scale, or kept ones, or made here.
+    struct Unit {
+      const S* exps;
+      int squarings;
+      S scale;
+    };
+    const auto unit_of = [&](const Block<S>& block, int64_t begin, double factor, int squarings,
+                             S max, bool is_raw) {
       const S* exps = squarings < 0 ? buffer : block.s_exp;
       S scale = 1;
       if (squarings >= 0) {
@@ -903,12 +922,12 @@ struct LogitLossRow {
         if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * q.factor));
       } else if (is_raw && scratch.keep) {
         exps = scratch.raw_exp.data() + begin;
-        const S then = is_fast ? max : scratch.s_max[begin / kBlock];
+        const S then = scratch.s_max[begin / kBlock];
         if (then != max) scale = static_cast<S>(std::exp2((double(then) - max) * factor));
       } else {
         exponentials(block.s, block.n, max, static_cast<S>(factor), S(0), buffer);
       }
-      return add_power(g, exps, block.s, block.n, std::max(squarings, 0), scale, weight, max);
+      return Unit{exps, std::max(squarings, 0), scale};
     };
 
     // Sweep 2.
@@ -931,10 +950,12 @@ struct LogitLossRow {
     const auto finish = [&](S* g, const Block<S>& block, int64_t begin) {
       const int64_t n = block.n;
       if (kNormalized && unit_weight != 0) {
-        add_unit(g, block, begin, q_unit.factor, q_squarings, unit_weight, q_unit.max, false);
+        const Unit unit = unit_of(block, begin, q_unit.factor, q_squarings, q_unit.max, false);
+        add_power(g, unit.exps, n, unit.squarings, unit.scale, unit_weight);
       }
-      if (raw_weight != 0) {
-        add_unit(g, block, begin, raw_factor, raw_squarings, raw_weight, raw_sum.max, true);
+      if (raw_weight != 0 && !is_fast) {
+        const Unit unit = unit_of(block, begin, raw_factor, raw_squarings, raw_sum.max, true);
+        add_power(g, unit.exps, n, unit.squarings, unit.scale, raw_weight);
       }
       if (correction != 0 || level != 0 || uniform != 0) {
         const S middle = static_cast<S>(about);
@@ -968,8 +989,13 @@ struct LogitLossRow {
                                      ? 1.0
                                      : std::exp2(static_cast<double>(then) - fast.target_shift);
           S* g = own_row ? reinterpret_cast<S*>(gradient) + begin : work;
-          from_stash(scratch.stash.w + begin, scratch.stash.e.data() + begin, n,
-                     static_cast<float>(of_w * rescale), static_cast<float>(of_e * rescale), g);
+          const float *w = scratch.stash.w + begin, *e = scratch.stash.e.data() + begin;
+          const auto a = static_cast<float>(of_w * rescale), b = static_cast<float>(of_e * rescale);
+          if (raw_weight != 0) {
+            from_stash(w, e, scratch.raw_exp.data() + begin, n, a, b, raw_weight, g);
+          } else {
+            from_stash(w, e, n, a, b, g);
+          }
           finish(g, Block<S>{s, t, nullptr, nullptr, 0, 0, n}, begin);
         });
       }
@@ -982,9 +1008,9 @@ struct LogitLossRow {
         visit(terms, block, factor, g, &found);
         if (at_once && gradient != nullptr) finish(g, block, begin);
         if (wants_moment && unit_weight != 0) {
-          S unused[kBlock] = {};
-          unit_moment += add_unit(unused, block, begin, q_unit.factor, q_squarings, unit_weight,
-                                  q_unit.max, false);
+          const Unit unit = unit_of(block, begin, q_unit.factor, q_squarings, q_unit.max, false);
+          unit_moment +=
+              power_moment(unit.exps, s, n, unit.squarings, unit.scale, unit_weight, q_unit.max);
         }
         if (kStatistics) statistics(terms, s, t, n, sums);
       });
