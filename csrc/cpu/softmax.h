@@ -8,7 +8,8 @@
 namespace kdkernels::cpu {
 
 // Short enough that float32 sums inside a block lose nothing that shows after a double takes them
-// over: with 32 additions to each of 16 lanes the difference of two rows' log-sum-exps is good to 2e-8.
+// over: with 32 additions to each of 16 lanes the difference of two rows' log-sum-exps is good to
+// 2e-8.
 constexpr int64_t kBlock = 512;
 
 // max x, and the sum of 2^(x factor - shift) with shift = max x factor as rounded, over what has
