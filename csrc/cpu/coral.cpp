@@ -42,7 +42,7 @@ struct Side {
 template <typename S>
 struct Room {
   Side sides[2];
-  Buffer<S> difference, sum, parts, cross, grams[2], packed[2], means, origins;
+  Buffer<S> difference, sum, cross, grams[2], packed[2], means, origins;
   Buffer<double> totals;
   std::vector<double> losses;
 };
@@ -237,8 +237,9 @@ double run_job(const PairParams& params, const Job& job, int threads,
   const int64_t pieces = (samples + kSamples - 1) / kSamples;
   S* difference = room.difference.reserve(samples * width);
   S* sum = room.sum.reserve(samples * width);
-  S* const origins[2] = {room.origins.reserve(2 * d), room.origins.reserve(2 * d) + d};
-  S* const means[2] = {room.means.reserve(2 * d), room.means.reserve(2 * d) + d};
+  S *origin = room.origins.reserve(2 * d), *mean = room.means.reserve(2 * d);
+  S* const origins[2] = {origin, origin + d};
+  S* const means[2] = {mean, mean + d};
   double* totals = room.totals.reserve(pieces * 2 * d);
   for (int s = 0; s < 2; ++s) widen_row(sides[s].row(0), d, origins[s]);
   share_out(samples, kSamples, threads, [&](int64_t begin, int64_t end) {
@@ -262,24 +263,23 @@ double run_job(const PairParams& params, const Job& job, int threads,
 
   const bool by_features = d <= samples;
   const int64_t size = by_features ? d : samples, stride = product_width(size);
-  S* cross = room.cross.reserve(size * stride);
+  const int64_t depth = std::max(kDepth, d);
+  const int64_t parts = by_features ? (samples + depth - 1) / depth : 1;
+  S* cross = room.cross.reserve(parts * size * stride);  // the parts, and then the sum in the first
   S *of_difference = nullptr, *of_sum = nullptr;
   room.losses.assign(size, 0.0);
   if (by_features) {
-    const int64_t depth = std::max(kDepth, d), parts = (samples + depth - 1) / depth;
     const int64_t blocks = (size + kRows - 1) / kRows;
-    S* part = room.parts.reserve(parts * size * stride);
     share_out(parts * blocks, 1, threads, [&](int64_t i, int64_t) {
       const int64_t from = i / blocks * depth, first = i % blocks * kRows;
       product(std::min(kRows, size - first), stride, std::min(depth, samples - from),
               difference + from * width + first, 1, width, sum + from * width, width,
-              part + (i / blocks * size + first) * stride, stride);
+              cross + (i / blocks * size + first) * stride, stride);
     });
     share_out(size, kRows, threads, [&](int64_t begin, int64_t end) {
-      const int64_t n = (end - begin) * stride;
-      std::copy_n(part + begin * stride, n, cross + begin * stride);
       for (int64_t k = 1; k < parts; ++k) {
-        add_and_scale_of(n, S(1), part + (k * size + begin) * stride, cross + begin * stride);
+        add_and_scale_of((end - begin) * stride, S(1), cross + (k * size + begin) * stride,
+                         cross + begin * stride);
       }
     });
     // Its symmetric half is the difference of the covariances.
@@ -394,9 +394,8 @@ void run_jobs(const PairParams& params, int threads) {
       losses[i] =
           run_job<T>(params, jobs[i], static_cast<int>(std::clamp(useful, 1.0, most)), room);
     }
-    for (Buffer<S>* buffer :
-         {&room.difference, &room.sum, &room.parts, &room.cross, &room.means, &room.origins,
-          &room.grams[0], &room.grams[1], &room.packed[0], &room.packed[1]}) {
+    for (Buffer<S>* buffer : {&room.difference, &room.sum, &room.cross, &room.means, &room.origins,
+                              &room.grams[0], &room.grams[1], &room.packed[0], &room.packed[1]}) {
       buffer->end_of_call();
     }
     room.totals.end_of_call();
