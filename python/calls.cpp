@@ -158,8 +158,8 @@ void scale_in_place(at::Tensor& gradient, const at::Tensor& upstream) {
 struct Loss final : torch::autograd::Node {
   variable_list gradients;            // of the first inputs; undefined where none is wanted
   std::vector<int> places;            // among the inputs, of those that autograd knows
-  std::vector<SavedVariable> inputs;  // all of them: undefined for None
-  bool at_hand = true, released = false;
+  std::vector<SavedVariable> inputs;  // all of them: undefined for None; none when freed
+  bool at_hand = true;
   Object again, arguments;
 
   ~Loss() override {
@@ -173,10 +173,7 @@ struct Loss final : torch::autograd::Node {
 
   std::string name() const override { return "KDKernelsLossBackward"; }
 
-  void release_variables() override {
-    inputs.clear();
-    released = true;
-  }
+  void release_variables() override { inputs.clear(); }
 
   variable_list apply(variable_list&& grads) override {
     at::Tensor upstream = grads[0].defined() ? grads[0] : input_metadata(0).zeros_like();
@@ -193,7 +190,7 @@ struct Loss final : torch::autograd::Node {
       }
       return found;
     }
-    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    TORCH_CHECK(!inputs.empty(), torch::autograd::ERR_BACKWARD_TWICE);
     variable_list given;
     for (const SavedVariable& input : inputs) given.push_back(input.unpack());
     const WithLock lock;

@@ -557,7 +557,7 @@ MUTATIONS = [
     Mutation("calls: upstream gradient left out", CALLS, "scale_in_place(gradient, scale);", "", calls("equal")),
     Mutation("calls: one upstream gradient for all rows", CALLS, "upstream.dim() == 0 ? 0 : upstream.stride(0)", "0", calls("equal")),
     Mutation("calls: gradients handed out twice", CALLS, "      at_hand = false;\n", "", calls("equal")),
-    Mutation("calls: inputs kept when the graph is freed", CALLS, "    inputs.clear();\n", "", calls("freed")),
+    Mutation("calls: inputs kept when the graph is freed", CALLS, "override { inputs.clear(); }", "override {}", calls("freed")),
     Mutation("calls: no upstream gradient", CALLS, "grads[0].defined() ? grads[0] : input_metadata(0).zeros_like()", "grads[0]", calls("freed")),
     Mutation("calls: no graph of a gradient", CALLS, "at_hand && !at::GradMode::is_enabled()", "at_hand", calls("double")),
     Mutation("calls: gradients of the sides exchanged", CALLS, "std::swap(params.grad_input, params.grad_target);", "", calls("equal")),
