@@ -82,7 +82,7 @@ KDK_INLINE T total_variation_slope(T p, T q, T delta) {
 // (e^-D - 1)), log Q/M = -log(1 + mix (e^D - 1)) and g = 1 - P/M, the slope is first (1 - mix) g +
 // second (log Q/M - mix g).
 //
-// kEven: mix is 1/2, and neither way loses anything.
+// kEven: mix is 1/2, and the way by D loses no more than a bit.
 template <typename T, bool kEven = false>
 struct Mixture {
   T log_p, log_q;  // log P/M, log Q/M

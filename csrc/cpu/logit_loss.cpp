@@ -244,7 +244,7 @@ KDK_INLINE void visit_loop(const Terms<S>& terms, const Block<S>& block, S facto
 template <Divergence kD, bool kMoments, typename S>
 KDK_INLINE void visit_block(const Terms<S>& terms, const Block<S>& block, S factor, S* g,
                             Found* found) {
-  // Half and half is worth a loop that takes one logarithm less, and loses no more than a bit.
+  // Half and half is worth a loop of its own: it takes one logarithm less.
   constexpr bool kMixed = kD == Divergence::kMixture;
   const bool even = kMixed && terms.mix == S(0.5);
   if (terms.pair.same && even) {
