@@ -55,9 +55,11 @@ KDK_INLINE float power_of_two(float shifted) { return bits_to_float(float_to_bit
 constexpr float kLeastExp2 = 0x1p-125f;
 
 // 2^x for x <= 0 (and a little above); NaN stays NaN; relative error <= 1.4e-7. What would
-// underflow is left at about 2^-126, which beside a sum of at least 1 is nothing.
-KDK_INLINE float exp2_above(float x) {
-  const float y = -126.0f > x ? -126.0f : x;
+// underflow is left at about 2^least, with -127 at 0 (and what is within half a power of 2^-126 is
+// subnormal).
+template <int kLeast>
+KDK_INLINE float exp2_from(float x) {
+  const float y = static_cast<float>(kLeast) > x ? static_cast<float>(kLeast) : x;
   const float shifted = y + kRound;
   const float f = y - (shifted - kRound);
   float p = 1.32765e-3f;
@@ -69,6 +71,8 @@ KDK_INLINE float exp2_above(float x) {
   return p * power_of_two(shifted);
 }
 
+// Beside a sum of at least 1 the least result is nothing.
+KDK_INLINE float exp2_above(float x) { return exp2_from<-126>(x); }
 KDK_INLINE double exp2_above(double x) { return std::exp2(x); }
 
 // The same with an error of <= 8e-8 whose mean over a row is about 1e-9: for a sum that meets
@@ -90,7 +94,7 @@ KDK_INLINE float exp2_unbiased(float x) {
 KDK_INLINE double exp2_unbiased(double x) { return std::exp2(x); }
 
 // 2^x for x <= 0, and 0 where that would underflow.
-KDK_INLINE float exp2_or_zero(float x) { return select(x < -126.0f, 0.0f, exp2_above(x)); }
+KDK_INLINE float exp2_or_zero(float x) { return exp2_from<-127>(x); }
 
 KDK_INLINE double exp2_or_zero(double x) { return std::exp2(x); }
 

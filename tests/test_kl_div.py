@@ -65,6 +65,13 @@ def test_mass_may_lie_anywhere_in_a_long_row(backend, height):
     compare(backend, {"student": student, "teacher": teacher}, vacuous=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sides_far_from_each_other(backend):
+    student, teacher = logits("plain", (5, 600), torch.float32)
+    arguments = {"student": student, "teacher": teacher, "temperature": 2.0}
+    testing.assert_shifts_do_not_show(partial(kl_div, backend=backend), arguments)
+
+
 def test_different_temperatures(backend_dtype):
     backend, dtype = backend_dtype
     student, teacher = logits("plain", (5, 130), dtype)

@@ -18,6 +18,7 @@ from testing import (
     NAMES,
     assert_near,
     assert_same_bits_whatever_the_threads,
+    assert_shifts_do_not_show,
     compare,
     leaves,
     logits,
@@ -340,6 +341,25 @@ def test_many_rows(name, dtype):
         arguments["student"][7, :5] = -torch.inf
         arguments["teacher"][7, :5] = -torch.inf
         check(name, "cpu", arguments, vacuous=True, wanted=("student",))
+
+
+@pytest.mark.parametrize("name", ["kl", "whole-kl", "mse-kl", "skew-reverse"])
+def test_many_rows_with_a_learnable_temperature(name):
+    _ready_cpu()
+    for temperature in (torch.tensor(2.5), torch.linspace(1, 3, 66)):
+        arguments = batch(CASES[name], "plain", (66, 600), temperature=temperature)
+        check(name, "cpu", arguments, wanted=("student", "temperature"))
+        check(name, "cpu", {**arguments, "teacher_temperature": 3.0}, wanted=("student", "temperature"))
+
+
+@pytest.mark.parametrize("standardize", [False, True], ids=["raw", "standardized"])
+@pytest.mark.parametrize("rows", [3, 66])
+@pytest.mark.parametrize("name", ["jsd", "tvd", "skew-reverse", "dkd", "kl"])
+def test_sides_far_from_each_other(name, rows, standardize):
+    """All of a side's logits may lie high or low: a softmax does not know."""
+    _ready_cpu()
+    arguments = batch(CASES[name], "plain", (rows, 600), temperature=2.0, standardize=standardize)
+    assert_shifts_do_not_show(partial(CASES[name], backend="cpu"), arguments)
 
 
 def _ready_cpu() -> None:

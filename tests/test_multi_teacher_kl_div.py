@@ -15,6 +15,7 @@ from testing import (
     assert_near,
     assert_not_vacuous,
     assert_same_bits_whatever_the_threads,
+    assert_shifts_do_not_show,
     logits,
 )
 from torch import Tensor
@@ -122,6 +123,16 @@ def test_loss_and_gradients(backend_dtype, regime, rows):
     arguments = {**values(regime, (rows, 100), dtype), "temperatures": temperature}
     # Near convergence a half's output rounding, and far a one-hot side, are all there is to see.
     compare(backend, arguments, vacuous=regime in ("near", "far"))
+
+
+@pytest.mark.parametrize("rows", [3, 130], ids=["few rows", "many rows"])
+def test_sides_far_from_each_other(rows):
+    student, teacher = logits("plain", (rows, 600), torch.float32)
+
+    def two(student, teacher):
+        return multi_teacher_kl_div(student, [teacher, teacher + student.detach() / 2], backend="cpu")
+
+    assert_shifts_do_not_show(two, {"student": student, "teacher": teacher})
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 255, 256, 257, 1000, 1025, 4099])

@@ -188,6 +188,21 @@ def assert_same_bits_whatever_the_threads(run: Callable[[], Iterable[Tensor]]) -
 REGIMES = ("plain", "warm", "near", "far", "ties", "uniform")
 
 
+def assert_shifts_do_not_show(function: Callable[..., Tensor], arguments: dict) -> None:
+    """All of the student's or the teacher's logits may lie high or low: a softmax does not know."""
+
+    def moved(student: float, teacher: float) -> dict:
+        # Sums with 512 are exact then, but the differences of those are not.
+        grid = {name: arguments[name].mul(2**14).round().div(2**14) for name in ("student", "teacher")}
+        return {**arguments, "student": grid["student"] + student, "teacher": grid["teacher"] + teacher}
+
+    loss, gradients = run(function, moved(0, 0), wanted=("student",))
+    far_loss, far_gradients = run(function, moved(512, -512), wanted=("student",))
+    torch.testing.assert_close(far_loss, loss, rtol=2e-6, atol=0)
+    off = (far_gradients["student"] - gradients["student"]).norm() / gradients["student"].norm()
+    assert off < 3e-6
+
+
 def logits(regime: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(student, teacher) of one regime; "warm" is plain data meant for a temperature of 4."""
     generator = torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
   const bool stashed = params.grad_input != nullptr && params.rows >= 32 * kStashRows;
   Stash stash;
   stash.shift.resize(classes / kBlock + 1);
-  std::vector<float> w_row;
+  Lines<float> w_row;
   if (stashed) {
     stash.e.resize(classes);
     w_row.resize(sizeof(T) == sizeof(float) ? 0 : classes);
@@ -59,7 +59,7 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
     Sweep<S> found{};
     bool wants_gradient = grad_input != nullptr;
     if constexpr (std::is_same<S, float>::value) {
-      FastRow fast{input_factor, target_factor, 0, 0};
+      FastRow fast{input_factor, target_factor, target_factor - input_factor};
       FastSums sums;
       const auto run = [&](auto with_stash) KDK_INLINED {
         constexpr bool kStash = decltype(with_stash)::value;
@@ -91,7 +91,7 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
     const S loss = static_cast<S>(found.loss);
     if (loss_out != nullptr) loss_out[r] = static_cast<S>(scale * found.loss);
 
-    S buffer[kBlock];
+    alignas(64) S buffer[kBlock];
     if (wants_gradient) {
       const S input_scale = static_cast<S>(scale * input_inverse);
       for_each_block(input, target, classes,

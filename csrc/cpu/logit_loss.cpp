@@ -84,6 +84,10 @@ struct Pair {
     s_norm = s_empty ? S(0) : static_cast<S>(1 / q_sum);
     t_norm = t_empty ? S(0) : static_cast<S>(1 / p_sum);
     const double difference = t_log2 - s_log2;
+    if (alike && far((static_cast<double>(t_max) - s_max) * s_factor)) {
+      alike = same = false;
+      together = 0, t_apart = t_factor, s_apart = s_factor;
+    }
     const double exact =
         alike ? (static_cast<double>(t_max) - s_max) * s_factor + difference : difference;
     offset = static_cast<S>(exact);
@@ -493,6 +497,10 @@ KDK_LOOPS(double)
   KDK_CLONES bool fast_kl(const T* input, const T* target, int64_t classes, FastRow& fast, \
                           FastSums& sums, Stash& stash) {                                  \
     return fast_sweeps<true>(input, target, classes, fast, sums, stash);                   \
+  }                                                                                        \
+  KDK_CLONES bool fast_kl_with_moment(const T* input, const T* target, int64_t classes,    \
+                                      FastRow& fast, FastSums& sums, Stash& stash) {       \
+    return fast_sweeps<true, true>(input, target, classes, fast, sums, stash);             \
   }
 KDK_FAST(float)
 KDK_FAST(Float16)
@@ -544,6 +552,25 @@ struct Source {
       x = buffer;
     }
     return x;
+  }
+
+  // As block, of whole vectors: what makes it so are classes of -inf, which count for nothing.
+  const S* vectors(int64_t begin, int64_t n, S* buffer) const {
+    const S* x = block(begin, n, buffer);
+    const int64_t whole = whole_vectors(n);
+    if (whole == n) return x;
+    if (x != buffer) std::copy_n(x, n, buffer);
+    std::fill(buffer + n, buffer + whole, -static_cast<S>(INFINITY));
+    return buffer;
+  }
+
+  // (Inlined, as GCC drops a call to what does nothing but this.)
+  KDK_INLINE void prefetch_after(int64_t begin) const {
+    if (dtype == DType::kFloat16 || dtype == DType::kBFloat16) {
+      prefetch_next(static_cast<const BFloat16*>(data) + begin);
+    } else {
+      prefetch_next(static_cast<const S*>(data) + begin);
+    }
   }
 
   S at(int64_t j) const {
@@ -601,25 +628,29 @@ struct Spread {
   bool flat() const { return !(deviation > 0); }
   double inverse() const { return flat() ? 1 : 1 / (1e-7 + deviation); }
 
+  // Block by block, each block's own mean and squares joining what was before it.
   template <typename S>
   void of(const Source<S>& row, int64_t classes) {
-    S buffer[kBlock];
-    const auto blocks = [&](const auto& body) {
-      for (int64_t begin = 0; begin < classes; begin += kBlock) {
-        const int64_t n = std::min(kBlock, classes - begin);
-        body(row.block(begin, n, buffer), n);
-      }
-    };
+    alignas(64) S buffer[kBlock];
     // From one of the logits: a constant row is exactly 0.
     S from = -static_cast<S>(INFINITY);
     for (int64_t j = 0; j < classes && from == -static_cast<S>(INFINITY); ++j) from = row.at(j);
-    double sum = 0;
-    blocks([&](const S* x, int64_t n) { sum += live_sum_from(x, n, from, &count); });
-    const S rest = static_cast<S>(count > 0 ? sum / count : 0);
-    double of_squares = 0;
-    blocks([&](const S* x, int64_t n) { of_squares += squares(x, n, from, rest); });
-    mean = static_cast<double>(from) + rest;
-    deviation = count > 1 ? std::sqrt(of_squares / (count - 1)) : 0;
+    double squares_before = 0;
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      row.prefetch_after(begin);
+      const int64_t n = std::min(kBlock, classes - begin);
+      const S* x = row.block(begin, n, buffer);
+      double live = 0;
+      const double sum = live_sum_from(x, n, from, &live);
+      if (live == 0) continue;
+      const S middle = static_cast<S>(sum / live);
+      const double step = middle - mean, all = count + live;
+      squares_before += squares(x, n, from, middle) + step * step * (count * live / all);
+      mean += step * (live / all);
+      count = all;
+    }
+    mean += from;
+    deviation = count > 1 ? std::sqrt(squares_before / (count - 1)) : 0;
   }
 };
 
@@ -635,20 +666,24 @@ bool in_own_row(const LogitLossParams& params) {
 template <typename S>
 struct Scratch {
   bool keep;
-  std::vector<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
+  Lines<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
+  alignas(64) S s_last[kBlock], t_last[kBlock];  // of each side's row, made to be of whole vectors
   Stash stash;
 
   Scratch(const LogitLossParams& params, bool later_sweep, bool kl) {
     keep = params.rows >= 64;
     if (keep) {
       const int64_t blocks = params.classes / kBlock + 1;
-      for (auto* row : {&s_exp, &t_exp, &raw_exp}) row->resize(params.classes);
+      for (auto* row : {&s_exp, &t_exp, &raw_exp}) row->resize(whole_vectors(params.classes));
       for (auto* row : {&s_max, &t_max}) row->resize(blocks);
       if (kl) stash.e.resize(params.classes), stash.shift.resize(blocks);
     }
-    if (later_sweep && !in_own_row(params)) gradient.resize(params.classes);
+    if (later_sweep && !in_own_row(params)) gradient.resize(whole_vectors(params.classes));
   }
 };
+
+// Rows of no more classes stay in a core's inner cache.
+constexpr int64_t kInner = 2048;
 
 template <Divergence kD, typename S>
 struct LogitLossRow {
@@ -664,24 +699,41 @@ struct LogitLossRow {
   Terms<S> terms;
   Scratch<S>& scratch;
 
-  // body(s, t, n, begin), with a null t unless `both`.
+  bool has_s_last = false, has_t_last = false;  // in the scratch
+
+  // body(s, t, n, begin), with a null t unless `both`; of whole vectors. From memory where `fresh`,
+  // else from one cache or another.
   template <typename Body>
-  void blocks(bool both, const Body& body) const {
-    S s_buffer[kBlock], t_buffer[kBlock];
+  void blocks(bool both, const Body& body, bool fresh = false) {
+    alignas(64) S s_buffer[kBlock], t_buffer[kBlock];
+    const bool ahead = fresh || params.classes > kInner;
+    const auto block = [&](const Source<S>& row, int64_t begin, int64_t n, S* buffer, S* last,
+                           bool& has_last) -> const S* {
+      if (ahead) row.prefetch_after(begin);
+      if (n % kLanes == 0) return row.block(begin, n, buffer);
+      if (!has_last) row.vectors(begin, n, last);
+      has_last = true;
+      return last;
+    };
     for (int64_t begin = 0; begin < params.classes; begin += kBlock) {
-      const int64_t n = std::min(kBlock, params.classes - begin);
-      const S* s = input.block(begin, n, s_buffer);
-      body(s, both ? target.block(begin, n, t_buffer) : nullptr, n, begin);
+      const int64_t n = classes_from(begin);
+      const S* s = block(input, begin, n, s_buffer, scratch.s_last, has_s_last);
+      const S* t = both ? block(target, begin, n, t_buffer, scratch.t_last, has_t_last) : nullptr;
+      body(s, t, whole_vectors(n), begin);
     }
   }
 
-  bool fast_kl_of(FastRow& fast, FastSums& sums, char* gradient) {
+  // How many the block there has.
+  int64_t classes_from(int64_t begin) const { return std::min(kBlock, params.classes - begin); }
+
+  bool fast_kl_of(FastRow& fast, FastSums& sums, bool moment, char* gradient) {
     const auto sweep = [&](auto element) {
       using T = decltype(element);
       scratch.stash.w = reinterpret_cast<float*>(
           in_own_row(params) ? gradient : reinterpret_cast<char*>(scratch.gradient.data()));
-      return fast_kl(static_cast<const T*>(input.data), static_cast<const T*>(target.data),
-                     params.classes, fast, sums, scratch.stash);
+      const T *s = static_cast<const T*>(input.data), *t = static_cast<const T*>(target.data);
+      return moment ? fast_kl_with_moment(s, t, params.classes, fast, sums, scratch.stash)
+                    : fast_kl(s, t, params.classes, fast, sums, scratch.stash);
     };
     return params.dtype == DType::kFloat32   ? sweep(float{})
            : params.dtype == DType::kFloat16 ? sweep(Float16{})
@@ -716,6 +768,7 @@ struct LogitLossRow {
       s_spread.of(Source<S>{input.data, input.dtype, -1}, params.classes);
       t_spread.of(Source<S>{target.data, target.dtype, -1}, params.classes);
     }
+    const bool wants_moment = temperature_out != nullptr || (spread && gradient != nullptr);
     const double s_inverse = spread ? s_spread.inverse() : 1;
     const double t_inverse = spread ? t_spread.inverse() : 1;
     pair = Pair<S>(s_inverse / temperature * kLog2E, t_inverse / target_temperature * kLog2E);
@@ -745,14 +798,19 @@ struct LogitLossRow {
       sum.sum += squarings < 0 ? exponentials(x, n, sum.max, static_cast<S>(sum.factor), S(0), out)
                                : power_sum(exps, n, squarings);
     };
-    S s_buffer[kBlock], t_buffer[kBlock], buffer[kBlock] = {};
+    alignas(64) S s_buffer[kBlock], t_buffer[kBlock], buffer[kBlock] = {};
     FastRow fast{};
     FastSums fast_sums{};
     bool is_fast = false;
     if constexpr (kD == Divergence::kKl && sizeof(S) == sizeof(float)) {
-      if (scratch.keep && !spread && gradient != nullptr && temperature_out == nullptr) {
-        fast = {pair.s_factor, static_cast<float>(kLog2E / target_temperature), 0, 0};
-        is_fast = fast_kl_of(fast, fast_sums, gradient);
+      if (scratch.keep && gradient != nullptr) {
+        const double apart = static_cast<double>(pair.t_factor) + pair.t_extra - pair.s_factor;
+        fast = {pair.s_factor, pair.t_factor, static_cast<float>(apart)};
+        if (spread && far((s_spread.mean - t_spread.mean) * pair.s_factor)) {
+          fast.input_center = static_cast<float>(s_spread.mean);
+          fast.target_center = static_cast<float>(t_spread.mean);
+        }
+        is_fast = fast_kl_of(fast, fast_sums, wants_moment, gradient);
         if (is_fast) raw_squarings = -1;
       }
     }
@@ -769,37 +827,40 @@ struct LogitLossRow {
         });
       }
     } else {
-      blocks(kSoft || mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
-        S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
-        S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
-        S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
-        const S s_max = maximum(s, n);
-        if (kSoft) {
-          const S t_max = maximum(t, n);
-          if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
-          if (kStatistics && t_max > p.max) t_top = begin + (std::find(t, t + n, t_max) - t);
-          q.rise(s_max);
-          p.rise(t_max);
-          const double of_q = exponentials(s, n, q.max, pair.s_factor, S(0), s_exp);
-          const double of_p = exponentials(t, n, p.max, pair.t_factor, pair.t_extra, t_exp);
-          // Where all so far is -inf there is nothing to add.
-          if (q.max != -static_cast<S>(INFINITY)) q.sum += of_q;
-          if (p.max != -static_cast<S>(INFINITY)) p.sum += of_p;
-          if (scratch.keep) {
-            scratch.s_max[begin / kBlock] = q.max;
-            scratch.t_max[begin / kBlock] = p.max;
-          }
-          if (kNormalized) {
-            add(q_unit, s, s_exp, q_squarings, n, s_max, buffer);
-            add(p_unit, t, t_exp, p_squarings, n, t_max, buffer);
-          }
-        } else if (scratch.keep) {
-          scratch.s_max[begin / kBlock] = std::max(raw_sum.max, s_max);
-        }
-        if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
-        if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
-        if (mse) gaps += squared_gaps(s, t, n);
-      });
+      blocks(
+          kSoft || mse,
+          [&](const S* s, const S* t, int64_t n, int64_t begin) {
+            S* s_exp = scratch.keep ? scratch.s_exp.data() + begin : s_buffer;
+            S* t_exp = scratch.keep ? scratch.t_exp.data() + begin : t_buffer;
+            S* raw_exp = scratch.keep ? scratch.raw_exp.data() + begin : buffer;
+            const S s_max = maximum(s, n);
+            if (kSoft) {
+              const S t_max = maximum(t, n);
+              if (kStatistics && s_max > q.max) s_top = begin + (std::find(s, s + n, s_max) - s);
+              if (kStatistics && t_max > p.max) t_top = begin + (std::find(t, t + n, t_max) - t);
+              q.rise(s_max);
+              p.rise(t_max);
+              const double of_q = exponentials(s, n, q.max, pair.s_factor, S(0), s_exp);
+              const double of_p = exponentials(t, n, p.max, pair.t_factor, pair.t_extra, t_exp);
+              // Where all so far is -inf there is nothing to add.
+              if (q.max != -static_cast<S>(INFINITY)) q.sum += of_q;
+              if (p.max != -static_cast<S>(INFINITY)) p.sum += of_p;
+              if (scratch.keep) {
+                scratch.s_max[begin / kBlock] = q.max;
+                scratch.t_max[begin / kBlock] = p.max;
+              }
+              if (kNormalized) {
+                add(q_unit, s, s_exp, q_squarings, n, s_max, buffer);
+                add(p_unit, t, t_exp, p_squarings, n, t_max, buffer);
+              }
+            } else if (scratch.keep) {
+              scratch.s_max[begin / kBlock] = std::max(raw_sum.max, s_max);
+            }
+            if (raw) add(raw_sum, s, s_exp, raw_squarings, n, s_max, raw_exp);
+            if (smooth) live_sum += live_sum_from(s, n, S(0), &live);
+            if (mse) gaps += squared_gaps(s, t, n);
+          },
+          true);
     }
     const double s_label = label < 0 ? 0 : double(Source<S>{input.data, input.dtype, -1}.at(label));
     if (kLabel && smooth && s_label > -INFINITY) live_sum += s_label, live += 1;
@@ -931,7 +992,6 @@ struct LogitLossRow {
     };
 
     // Sweep 2.
-    const bool wants_moment = temperature_out != nullptr || (spread && gradient != nullptr);
     const bool at_once = !kSlope && !spread;
     const bool own_row = in_own_row(params);
     // With standardize: g_j is less level + correction (s_j - about), about the mean.
@@ -939,12 +999,16 @@ struct LogitLossRow {
     const double about = spread ? s_spread.mean : 0;
     Found found;
     double unit_moment = 0;
-    S work[kBlock];
-    const auto row_at = [&](int64_t begin) {
-      return gradient == nullptr ? work
-             : own_row           ? reinterpret_cast<S*>(gradient) + begin
-             : at_once           ? work
-                                 : scratch.gradient.data() + begin;
+    alignas(64) S work[kBlock];
+    // A last block grows to whole vectors: not in its own row.
+    const auto is_there = [&](int64_t begin, int64_t n) {
+      return own_row && n == classes_from(begin);
+    };
+    const auto row_at = [&](int64_t begin, int64_t n) {
+      return gradient == nullptr  ? work
+             : is_there(begin, n) ? reinterpret_cast<S*>(gradient) + begin
+             : at_once || own_row ? work
+                                  : scratch.gradient.data() + begin;
     };
     // What the gradient has besides the soft term, and out with it.
     const auto finish = [&](S* g, const Block<S>& block, int64_t begin) {
@@ -975,36 +1039,20 @@ struct LogitLossRow {
           g[label - begin] -= static_cast<S>(onehot);
         }
       }
-      if (!own_row) store_block(g, n, begin, params.grad_dtype, gradient);
+      if (!is_there(begin, n)) {
+        store_block(g, classes_from(begin), begin, params.grad_dtype, gradient);
+      }
     };
     double sums[3] = {};  // both entropies, in bits, and the overlap
     if (is_fast) {
-      if constexpr (sizeof(S) == sizeof(float)) {
-        found.loss = fast_sums.loss();
-        const double of_w = soft_factor / (fast_sums.S * fast_sums.exp_y());
-        const double of_e = of_w * (fast_sums.B / fast_sums.S);
-        blocks(mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
-          const float then = scratch.stash.shift[begin / kBlock];
-          const double rescale = then == fast.target_shift
-                                     ? 1.0
-                                     : std::exp2(static_cast<double>(then) - fast.target_shift);
-          S* g = own_row ? reinterpret_cast<S*>(gradient) + begin : work;
-          const float *w = scratch.stash.w + begin, *e = scratch.stash.e.data() + begin;
-          const auto a = static_cast<float>(of_w * rescale), b = static_cast<float>(of_e * rescale);
-          if (raw_weight != 0) {
-            from_stash(w, e, scratch.raw_exp.data() + begin, n, a, b, raw_weight, g);
-          } else {
-            from_stash(w, e, n, a, b, g);
-          }
-          finish(g, Block<S>{s, t, nullptr, nullptr, 0, 0, n}, begin);
-        });
-      }
+      found.loss = fast_sums.loss();
+      if (wants_moment) found.moment = fast_sums.moment();
     } else if constexpr (kSoft) {
       const Visit<S> visit = visit_of<kD, S>(wants_moment);
       const S factor = static_cast<S>(kSlope ? 1 : soft_factor);
       blocks(true, [&](const S* s, const S* t, int64_t n, int64_t begin) {
         const Block<S> block = block_of(s, t, n, begin);
-        S* g = row_at(begin);
+        S* g = row_at(begin, n);
         visit(terms, block, factor, g, &found);
         if (at_once && gradient != nullptr) finish(g, block, begin);
         if (wants_moment && unit_weight != 0) {
@@ -1055,11 +1103,34 @@ struct LogitLossRow {
       temperature_out[r] = 0;
     }
     // Sweep 3.
-    if (gradient != nullptr && !(kSoft && at_once)) {
+    if (is_fast) {
+      if constexpr (sizeof(S) == sizeof(float)) {
+        const double of_w = soft_factor / (fast_sums.S * fast_sums.exp_y());
+        const double of_e = of_w * (fast_sums.B / fast_sums.S);
+        for (int64_t begin = 0; begin < params.classes; begin += kBlock) {
+          const int64_t n = classes_from(begin);
+          const S* s = input.block(begin, n, s_buffer);
+          const S* t = mse ? target.block(begin, n, t_buffer) : nullptr;
+          const float then = scratch.stash.shift[begin / kBlock];
+          const double rescale = then == fast.target_shift
+                                     ? 1.0
+                                     : std::exp2(static_cast<double>(then) - fast.target_shift);
+          S* g = own_row ? reinterpret_cast<S*>(gradient) + begin : work;
+          const float *w = scratch.stash.w + begin, *e = scratch.stash.e.data() + begin;
+          const auto a = static_cast<float>(of_w * rescale), b = static_cast<float>(of_e * rescale);
+          if (raw_weight != 0) {
+            from_stash(w, e, scratch.raw_exp.data() + begin, n, a, b, raw_weight, g);
+          } else {
+            from_stash(w, e, n, a, b, g);
+          }
+          finish(g, Block<S>{s, t, nullptr, nullptr, 0, 0, n}, begin);
+        }
+      }
+    } else if (gradient != nullptr && !(kSoft && at_once)) {
       blocks(kSoft || mse, [&](const S* s, const S* t, int64_t n, int64_t begin) {
         const Block<S> block =
             kSoft ? block_of(s, t, n, begin) : Block<S>{s, t, nullptr, nullptr, 0, 0, n};
-        S* g = row_at(begin);
+        S* g = row_at(begin, n);
         if (kSlope) {
           center(g, block.s_exp, block.q_scale, n, static_cast<S>(soft_factor),
                  static_cast<S>(mean));

@@ -54,7 +54,7 @@ KDK_INLINE double add_plain(const T* input, const T* target, int64_t classes, S 
 template <typename T>
 KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, float factor,
                               double scale, Stash& stash, float* gradient) {
-  FastRow fast{factor, factor, 0, 0};
+  FastRow fast{factor, factor, 0};
   FastSums sums;
   if (!fast_sweeps<false>(input, target, classes, fast, sums, stash)) {
     return add_plain(input, target, classes, factor, scale, gradient);
@@ -67,7 +67,7 @@ KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, 
 
 // The student's side for one temperature.
 struct Student {
-  std::vector<float> e;
+  Lines<float> e;
   float factor = NAN;  // log2(e) / T, NaN before the first
   double sum;
   bool underflows;
@@ -139,6 +139,7 @@ KDK_INLINE bool sweep(const T* input, const T* target, int64_t classes, const St
                        t_max = t[j] > t_max ? t[j] : t_max;
                      }
                      guess = (t_max - s_max) * student.factor;
+                     if (far(guess)) largest = INFINITY;
                    }
                    const float factor = student.factor, shift = guess;
                    const float* e = student.e.data() + begin;
@@ -201,8 +202,8 @@ KDK_INLINE void multi_teacher_rows(const MultiTeacherKlDivParams& params, int64_
   stash.shift.resize(classes / kBlock + 1);
   Student student;
   student.e.resize(shared ? classes : 0);
-  std::vector<float> v(shared && has_gradient ? classes : 0);
-  std::vector<S> sum_row(kHalf && has_gradient ? classes : 0);
+  Lines<float> v(shared && has_gradient ? classes : 0);
+  Lines<S> sum_row(kHalf && has_gradient ? classes : 0);
 
   for (int64_t r = begin_row; r < end_row; ++r) {
     T* grad_input = row_of<T>(params.grad_input, r, classes);

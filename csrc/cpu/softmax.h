@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
+#include <vector>
 
 #include "simd.h"
 
@@ -11,6 +13,28 @@ namespace kdkernels::cpu {
 // over: with 32 additions to each of 16 lanes the difference of two rows' log-sum-exps is good to
 // 2e-8.
 constexpr int64_t kBlock = 512;
+
+// Elements of the widest vector.
+constexpr int64_t kLanes = 16;
+
+KDK_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Where a vector's accesses meet one line of the cache each.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 // max x, and the sum of 2^(x factor - shift) with shift = max x factor as rounded, over what has
 // been seen of a row; log2 of the row's sum of 2^(x factor) is shift + log2(sum). Sums across
@@ -41,12 +65,27 @@ struct Softmax {
   }
 };
 
+// Has the block after that at x on its way from memory while that is worked on: without, the
+// processor's own prefetching waits for the loads of the next block. On a Xeon with two threads up
+// to a quarter of topk_kl_div's time in float32, a tenth of kl_div's. (Rows to be written gain
+// nothing, and kl_div lost 5 %.)
+template <typename T>
+KDK_INLINE void prefetch_next(const T* x) {
+  constexpr int64_t kLine = 64;
+  const char* next = reinterpret_cast<const char*>(x + kBlock);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < static_cast<int64_t>(sizeof(T)) * kBlock; i += kLine) {
+    __builtin_prefetch(next + i);
+  }
+}
+
 // body(x, n, begin) over the blocks of one row, in the statistics type.
 template <typename T, typename Body>
 KDK_INLINE void for_each_block(const T* x, int64_t classes, const Body& body) {
-  typename Statistics<T>::Type buffer[kBlock];
+  alignas(64) typename Statistics<T>::Type buffer[kBlock];
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
+    prefetch_next(x + begin);
     body(widen_block(x + begin, n, buffer), n, begin);
   }
 }
@@ -54,9 +93,11 @@ KDK_INLINE void for_each_block(const T* x, int64_t classes, const Body& body) {
 // body(s, t, n, begin) over the blocks of two.
 template <typename T, typename Body>
 KDK_INLINE void for_each_block(const T* input, const T* target, int64_t classes, const Body& body) {
-  typename Statistics<T>::Type s_buffer[kBlock], t_buffer[kBlock];
+  alignas(64) typename Statistics<T>::Type s_buffer[kBlock], t_buffer[kBlock];
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
+    prefetch_next(input + begin);
+    prefetch_next(target + begin);
     body(widen_block(input + begin, n, s_buffer), widen_block(target + begin, n, t_buffer), n,
          begin);
   }
