@@ -463,6 +463,7 @@ PYBIND11_MODULE(_C, m) {
   static const CpuKernels kernels{cpu::kl_div,
                                   cpu::logit_loss,
                                   cpu::multi_teacher_kl_div,
+                                  cpu::topk_kl_div,
                                   cpu::small_linear_loss,
                                   cpu::coral,
                                   cpu::gaussian,

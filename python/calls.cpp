@@ -111,6 +111,9 @@ std::optional<Matrix> matrix_of(const at::Tensor& x) {
   return std::nullopt;
 }
 
+// The shape without the last dimension.
+at::IntArrayRef rows_of(const at::Tensor& x) { return x.sizes().slice(0, x.dim() - 1); }
+
 std::optional<double> number_of(PyObject* object) {
   if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
   if (!PyLong_Check(object)) return std::nullopt;
@@ -270,7 +273,7 @@ struct Rows {
       : dtype(of), count(rows) {
     const auto options = logits.options().dtype(statistics_of(dtype));
     if (reduction == Reduction::kNone) {
-      loss = at::empty(logits.sizes().slice(0, logits.dim() - 1), options);
+      loss = at::empty(rows_of(logits), options);
       each = loss.data_ptr();
       return;
     }
@@ -400,7 +403,7 @@ bool labels_fit(PyObject* object, PyObject* ignore, const Spec& spec, const at::
     return false;
   }
   return labels != nullptr && labels->scalar_type() == at::kLong && labels->is_contiguous() &&
-         labels->sizes() == student.sizes().slice(0, student.dim() - 1) &&
+         labels->sizes() == rows_of(student) &&
          kernels->count_labels(labels->const_data_ptr<int64_t>(), rows, ignore_index) == 0;
 }
 
@@ -505,7 +508,6 @@ PyObject* linear_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
   const auto p_temperature = args[10] == Py_None ? q_temperature : temperature_of(args[10]);
   const auto reduction = reduction_of(args[12]);
   const int64_t rows = student.x.rows, classes = student.weight.rows;
-  const auto rows_of = [](const at::Tensor& x) { return x.sizes().slice(0, x.dim() - 1); };
   if (!dtype || *dtype == DType::kFloat16 || !q_temperature || !p_temperature || !reduction ||
       *reduction == Reduction::kNone ||
       student.tensors[0].scalar_type() != teacher.tensors[0].scalar_type() ||
@@ -631,6 +633,57 @@ PyObject* multi_teacher_kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// (student, log_probs, indices, temperature, tail, reduction, again); tail is a Tail.
+PyObject* topk_kl_div(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor *student = plain(args[0]), *log_probs = plain(args[1]),
+                   *indices = plain(args[2]);
+  if (student == nullptr || log_probs == nullptr || indices == nullptr) NOT_HERE;
+  const auto dtype = dtype_of(*student);
+  const auto q = matrix_of(*student);
+  const auto temperature = temperature_of(args[3]);
+  const auto tail = number_of(args[4]);
+  const auto reduction = reduction_of(args[5]);
+  if (!dtype || !q || !temperature || !tail || !reduction ||
+      log_probs->scalar_type() != statistics_of(*dtype) || indices->scalar_type() != at::kLong ||
+      !log_probs->is_contiguous() || !indices->is_contiguous() || log_probs->dim() == 0 ||
+      log_probs->numel() == 0 || log_probs->size(-1) > q->classes ||
+      rows_of(*log_probs) != rows_of(*student) || indices->sizes() != log_probs->sizes()) {
+    NOT_HERE;
+  }
+  variable_list inputs{*student, *log_probs, *indices}, gradients(2);
+  for (int i = 0; i < 2; ++i) {
+    if (at::GradMode::is_enabled() && inputs[i].requires_grad()) {
+      gradients[i] = fresh(inputs[i].sizes(), inputs[i].options());
+    }
+  }
+  Rows rows(*student, *reduction, q->rows, *dtype);
+  TopkKlDivParams params{};
+  params.input = student->data_ptr();
+  params.log_probs = log_probs->data_ptr();
+  params.indices = indices->const_data_ptr<int64_t>();
+  params.loss = rows.each;
+  params.grad_input = address(gradients[0]);
+  params.grad_log_probs = address(gradients[1]);
+  params.input_temperature_value = *temperature;
+  params.scale = scale_of(*reduction, q->rows);
+  params.rows = q->rows;
+  params.classes = params.grad_stride = q->classes;
+  params.k = log_probs->size(-1);
+  params.input_stride = q->stride;
+  params.tail = static_cast<Tail>(static_cast<int32_t>(*tail));
+  params.dtype = *dtype;
+  try {
+    const WithoutLock unlocked;
+    kernels->topk_kl_div(params, at::get_num_threads());
+    rows.reduce();
+  } catch (const std::invalid_argument&) {
+    NOT_HERE;  // a wrong index, which Python names
+  }
+  return finish(std::move(inputs), std::move(gradients), std::move(rows.loss), args[6], args, 3, 6);
+  END_HANDLE_TH_ERRORS
+}
+
 struct Problems {
   int64_t count, samples, problem_stride, stride;
 };
@@ -747,6 +800,7 @@ PyMethodDef methods[] = {
     {"logit_loss", reinterpret_cast<PyCFunction>(logit_loss), METH_FASTCALL, nullptr},
     {"multi_teacher_kl_div", reinterpret_cast<PyCFunction>(multi_teacher_kl_div), METH_FASTCALL,
      nullptr},
+    {"topk_kl_div", reinterpret_cast<PyCFunction>(topk_kl_div), METH_FASTCALL, nullptr},
     {"linear_loss", reinterpret_cast<PyCFunction>(linear_loss), METH_FASTCALL, nullptr},
     {"coral", reinterpret_cast<PyCFunction>(coral), METH_FASTCALL, nullptr},
     {"gaussian", reinterpret_cast<PyCFunction>(gaussian), METH_FASTCALL, nullptr},

@@ -14,6 +14,7 @@ struct CpuKernels {
   void (*kl_div)(const KlDivParams&, int threads);
   void (*logit_loss)(const LogitLossParams&, int threads);
   void (*multi_teacher_kl_div)(const MultiTeacherKlDivParams&, int threads);
+  void (*topk_kl_div)(const TopkKlDivParams&, int threads);
   void (*small_linear_loss)(const SmallLinearLossParams&, int threads);
   void (*coral)(const PairParams&, int threads);
   void (*gaussian)(const GaussianParams&, int threads);

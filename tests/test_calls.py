@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
 from kdkernels import backend as kd
+from kdkernels.backend import statistics_dtype
 from kdkernels.ops import kl_div
 from kdkernels.ops.calls import COMMON
 
@@ -46,7 +47,15 @@ def several(x, y, **options):
     return kdkernels.multi_teacher_kl_div(x, [y, THIRD.to(y.dtype)], **options)
 
 
+def of_top(x, y, **options):
+    log_probs, indices = torch.log_softmax(y.to(statistics_dtype(y.dtype)), -1).topk(3)
+    return kdkernels.topk_kl_div(x, log_probs, indices, **options)
+
+
 LOSSES |= {
+    "topk_kl_div": partial(of_top, temperature=2),
+    "topk_kl_div, renormalize": partial(of_top, tail="renormalize", reduction="sum"),
+    "topk_kl_div, drop": partial(of_top, tail="drop", reduction="none", backend="cpu"),
     "several teachers": partial(several, weights=(0.3, 2), temperatures=[2.0, 0.5]),
     "several teachers, rows": partial(several, temperatures=3, reduction="none"),
 }
@@ -111,7 +120,7 @@ def assert_same(got, expected):
 def test_equal_to_the_way_through_python(name, dtype):
     function, (x, y) = ALL[name], batch(dtype)
     of_distances = name in DISTANCES or name in OF_CLASSES
-    both = of_distances or name.startswith("kl_div")
+    both = of_distances or name.startswith(("kl_div", "topk"))
     for needs in [(True, False), (False, True), (True, True)] if both else [(True, False)]:
         loss, grads = found(function, x, y, needs, times=2)
         expected, [grads_of_python] = found(in_python(function), x, y, needs)
@@ -324,6 +333,33 @@ def test_what_is_left_to_python():
         loss = loss[0] if options.get("return_terms") else loss
         assert not is_common(loss)
         torch.testing.assert_close(loss, 2 * kdkernels.kl_div(x, z), rtol=1e-5, atol=1e-6)
+    log_probs, indices = torch.log_softmax(z, -1).topk(3)
+    top = partial(kdkernels.topk_kl_div, x)
+    for options in (
+        {"mask": torch.ones(5, dtype=torch.bool)},
+        {"weights": torch.ones(5)},
+        {"temperature": torch.tensor(1.0)},
+        {"valid_classes": 7},
+        {"check_indices": True},
+        {"backend": "reference"},
+    ):
+        loss = top(log_probs, indices, **options)
+        assert not is_common(loss) and is_common(top(log_probs, indices)), options
+        torch.testing.assert_close(loss, top(log_probs, indices), rtol=1e-5, atol=1e-6)
+    for given in (
+        (log_probs.double(), indices),
+        (log_probs, indices.int()),
+        (log_probs, indices.T.contiguous().T),
+    ):
+        assert not is_common(top(*given))
+        torch.testing.assert_close(top(*given), top(log_probs, indices))
+    for given in ((log_probs[:4], indices[:4]), (log_probs, indices[:, :2]), (log_probs[0], indices[0])):
+        with pytest.raises(ValueError, match="must have"):
+            top(*given)
+    with pytest.raises(ValueError, match="holds 9 in row 0"):
+        top(log_probs, indices.new_tensor([[9, 1, 2]] * 5))
+    with pytest.raises(ValueError, match="tail must be"):
+        top(log_probs, indices, tail="none")
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_common(kdkernels.kl_div(x, y))
     with Watching() as mode:

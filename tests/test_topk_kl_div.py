@@ -21,6 +21,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import TopKKLDivLoss, kl_div, topk_kl_div, topk_kl_div_reference
+from kdkernels.ops.calls import COMMON
 
 NAMES = ("student", "teacher_log_probs", "temperature", "weights")
 TAILS = ("bucket", "renormalize", "drop")
@@ -502,6 +503,7 @@ def test_gradients_only_where_required(backend, wanted):
 def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     if kdkernels.available_backends("cpu")["cpu"] != "available":
         pytest.skip("needs the native module")
+    monkeypatch.delitem(COMMON, "topk_kl_div", raising=False)  # whose kernel this does not reach
     asked = []
     original = kdkernels.backend._LAUNCHERS["cpu", "topk_kl_div"]
     monkeypatch.setitem(
@@ -516,6 +518,27 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
         topk_kl_div(**arguments, backend="cpu")
     topk_kl_div(**arguments, backend="cpu").backward()
     assert asked == [[False] * 3, [False] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("classes", [65, 512, 1031, 5000])
+def test_a_row_of_halves_is_the_same_alone(classes, dtype):
+    """Its exponentials stay in the memory of the next row of the gradient, where there is one."""
+    for tail in ("bucket", "drop"):
+        arguments = values("plain", (5,), classes, 7, dtype)
+        mask = torch.tensor([True, True, False, True, True])
+        options = {"tail": tail, "reduction": "sum", "backend": "cpu"}
+        arguments["student"].requires_grad_()
+        topk_kl_div(**arguments, **options, mask=mask).backward()
+        for r in range(5):
+            row = {
+                name: x[r : r + 1].detach() if isinstance(x, Tensor) else x for name, x in arguments.items()
+            }
+            row["student"].requires_grad_()
+            topk_kl_div(**row, **options).backward()
+            expected = row["student"].grad[0] * mask[r]
+            assert torch.equal(arguments["student"].grad[r], expected), (tail, r)
+        assert arguments["student"].grad[0].count_nonzero() > classes / 2
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -3,8 +3,9 @@
 // A row's classes outside I are one softmax of their own, R_j = Q_j / Q_r, made in one sweep with
 // one exponential a class: the blocks that a bit set knows to hold some of I are swept as copies in
 // which those are -inf. Into the gradient row go the exponentials, later to be multiplied with
-// (W Q_r - P_r) / (T sum); a half row makes them again instead. What belongs to the k classes, and
-// the mass of all the others, is in double.
+// (W Q_r - P_r) / (T sum): a row of float32 or float64 into its own, a half row as float32 into its
+// own and the next one, which is still to come; the last one of a thread makes them again instead.
+// What belongs to the k classes, and the mass of all the others, is in double.
 //
 // Threads take contiguous runs of rows, and each row is summed in one fixed order, so that results
 // do not depend on their number.
@@ -98,14 +99,38 @@ struct Rest {
   double sum = 0, moment = 0;
 };
 
-// The exponentials of each block go to gradient + begin, where that has the type; their max to
-// `maxima`.
+// Where a row's exponentials stay: nowhere, in a row of their type, or in the memory of two rows of
+// halves (whose type is another, so it is copied to and from).
+template <typename S>
+struct Kept {
+  S* own = nullptr;
+  char* two = nullptr;
+
+  KDK_INLINE S* block(int64_t begin, S* buffer) const { return own ? own + begin : buffer; }
+  KDK_INLINE void keep(const S* e, int64_t n, int64_t begin) const {
+    if (two != nullptr) std::memcpy(two + sizeof(S) * begin, e, sizeof(S) * n);
+  }
+  KDK_INLINE void fetch(int64_t n, int64_t begin, S* e) const {
+    std::memcpy(e, two + sizeof(S) * begin, sizeof(S) * n);
+  }
+};
+
+template <typename S, typename T>
+KDK_INLINE Kept<S> kept_in(T* gradient, bool next_is_free) {
+  if constexpr (std::is_same_v<S, T>) {
+    return {gradient, nullptr};
+  } else {
+    return {nullptr, next_is_free ? reinterpret_cast<char*>(gradient) : nullptr};
+  }
+}
+
+// The exponentials of each block go to `kept`, their max to `maxima`.
 template <typename T, typename S>
 KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
-                         const Factor<S>& factor, bool wants_moment, T* gradient,
+                         const Factor<S>& factor, bool wants_moment, const Kept<S>& kept,
                          std::vector<S>& maxima) {
   Rest<S> rest;
-  S copy[kBlock], buffer[kBlock];
+  alignas(64) S copy[kBlock], buffer[kBlock];
   for_each_block(input, classes, [&](const S* raw, int64_t n, int64_t begin) KDK_INLINED {
     const S* x = without(chosen, raw, n, begin, copy);
     S max = -std::numeric_limits<S>::infinity();
@@ -120,8 +145,10 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
       rest.max = max;
     }
     maxima[begin / kBlock] = rest.max;
-    S* e = gradient == nullptr ? buffer : block_of(gradient + begin, buffer);
+    S* e = kept.block(begin, buffer);
+    if (kept.two != nullptr) prefetch_next(reinterpret_cast<S*>(kept.two) + begin);
     rest.sum += exponentials(x, n, rest.max, factor, e);
+    kept.keep(e, n, begin);
     if (wants_moment) {
       S moment = 0;
 #pragma omp simd reduction(+ : moment)
@@ -135,18 +162,20 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
 // scale R_j into the gradient of the classes outside I; those of I are the caller's.
 template <typename T, typename S>
 KDK_INLINE void spread(const T* input, int64_t classes, const Rest<S>& rest,
-                       const Factor<S>& factor, double scale, const std::vector<S>& maxima,
-                       T* gradient) {
+                       const Factor<S>& factor, double scale, const Kept<S>& kept,
+                       const std::vector<S>& maxima, T* gradient) {
   const double each = rest.sum > 0 || rest.sum != rest.sum ? scale / rest.sum : 0;
-  S buffer[kBlock];
+  alignas(64) S buffer[kBlock];
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
     const S max = maxima[begin / kBlock];
     const double rescale =
         max == rest.max ? 1.0 : std::exp2((static_cast<double>(max) - rest.max) * factor.value);
     const S a = static_cast<S>(each * rescale);
-    S* block = block_of(gradient + begin, buffer);
-    if constexpr (!std::is_same<T, S>::value) {
+    S* block = kept.block(begin, buffer);
+    if (kept.two != nullptr) {
+      kept.fetch(n, begin, buffer);
+    } else if (kept.own == nullptr) {
       // Those of I may lie above the maximum, and are overwritten; infinities do no harm.
       exponentials(widen_block(input + begin, n, buffer), n, max, factor, block);
     }
@@ -222,8 +251,12 @@ KDK_INLINE int64_t topk_rows(const TopkKlDivParams& params, int64_t begin_row, i
     const Factor<S> factor(inverse * kLog2E);
 
     Rest<S> rest;
+    Kept<S> kept;
     if (!renormalized) {
-      rest = sweep(input, classes, chosen, factor, temperature_out != nullptr, grad_input, maxima);
+      if (grad_input != nullptr) {
+        kept = kept_in<S>(grad_input, r + 1 < end_row && params.grad_stride == classes);
+      }
+      rest = sweep(input, classes, chosen, factor, temperature_out != nullptr, kept, maxima);
     } else if (grad_input != nullptr) {
       std::memset(grad_input, 0, sizeof(T) * classes);
     }
@@ -281,7 +314,7 @@ KDK_INLINE int64_t topk_rows(const TopkKlDivParams& params, int64_t begin_row, i
     const double of_rest = whole * q_rest - p_rest;  // in units of the rest's softmax
     if (grad_input != nullptr) {
       if (!renormalized) {
-        spread(input, classes, rest, factor, scale * inverse * of_rest, maxima, grad_input);
+        spread(input, classes, rest, factor, scale * inverse * of_rest, kept, maxima, grad_input);
       }
       for (int64_t i = 0; i < k; ++i) {
         store(scale * inverse * (whole * terms[i].q - terms[i].p), grad_input[indices[i]]);

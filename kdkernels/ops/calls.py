@@ -16,7 +16,16 @@ Again = Callable[[tuple[Any, ...], Sequence[Tensor | None], Sequence[bool], Tens
 # Each gives the loss, or None for what is left to Python.
 COMMON: dict[str, Callable[..., Tensor | None]] = {
     name: getattr(CALLS, name)
-    for name in ("kl_div", "logit_loss", "multi_teacher_kl_div", "linear_loss", "coral", "gaussian", "mmd")
+    for name in (
+        "kl_div",
+        "logit_loss",
+        "multi_teacher_kl_div",
+        "topk_kl_div",
+        "linear_loss",
+        "coral",
+        "gaussian",
+        "mmd",
+    )
     if CALLS is not None
 }
 

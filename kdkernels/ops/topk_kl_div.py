@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.backend import LIBRARY, fresh, launcher, resolve, statistics_dtype, sum_of_rows, unobserved
+from kdkernels.ops.calls import COMMON, again_by
 from kdkernels.ops.rows import (
     Range,
     Temperature,
@@ -327,6 +328,49 @@ def topk_kl_div(
 
     Second derivatives are right (they go through the reference). Equal inputs give bit-equal results.
     """
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and (common := COMMON.get("topk_kl_div"))
+        and mask is None
+        and weights is None
+        and valid_classes is None
+        and not check_indices
+        and (backend is None or backend == "cpu")
+        and tail in TAILS
+    ):
+        found = common(
+            student, teacher_log_probs, teacher_indices, temperature, TAILS.index(tail), reduction, _again
+        )
+        if found is not None:
+            return found
+    return _topk_kl_div(
+        student,
+        teacher_log_probs,
+        teacher_indices,
+        temperature,
+        tail,
+        reduction,
+        mask,
+        weights,
+        valid_classes,
+        check_indices,
+        backend,
+    )
+
+
+def _topk_kl_div(
+    student: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    temperature: Temperature,
+    tail: str,
+    reduction: str,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    valid_classes: Range = None,
+    check_indices: bool | None = None,
+    backend: str | None = "cpu",
+) -> Tensor:
     check_student(student)
     rows, classes = student.shape[:-1], student.shape[-1]
     start, stop = check_range(valid_classes, "valid_classes", classes)
@@ -387,6 +431,14 @@ def topk_kl_div(
         if reduction != "none":
             loss = sum_of_rows(loss, backend)
     return loss.view(rows) if reduction == "none" else loss
+
+
+def _by_python(student: Tensor, log_probs: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    temperature, tail, reduction = rest
+    return _topk_kl_div(student, log_probs, indices, temperature, TAILS[tail], reduction)
+
+
+_again = again_by(_by_python)
 
 
 def check_topk_teacher(student: Tensor, log_probs: Any, indices: Any, classes: int) -> None:
