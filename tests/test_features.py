@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import device_of
+from conftest import GPU, device_of
 from distances import (
     CASES,
     GRID,
@@ -115,6 +115,8 @@ def test_equal_batches_are_exactly_zero(name, backend, dtype, shape):
         if dtype == torch.float64:
             pytest.skip("float32 again")
         shape = (min(shape[0], 40), shape[1])
+    elif backend == "triton" and not GPU:
+        shape = (min(shape[0], 100), shape[1])
     x, _ = features(*shape, dtype=dtype, backend=backend)
     x[:, 1] = 0  # a dead unit
     x[:, 2] = 0.1  # one that is stuck

@@ -370,7 +370,9 @@ def _ready_cpu() -> None:
 @pytest.mark.parametrize("name", ["dkd", "nkd", "whole-kl"])
 def test_labels_anywhere_in_a_long_row(backend, name):
     """At both ends of what a vector, a warp, a block or a tile may hold."""
-    edges = (0, 8, 32, 256, 1024, 4096, 8192, 9000)
+    edges = (
+        (0, 32, 4096, 8192, 9000) if is_slow((1, 9000), backend) else (0, 8, 32, 256, 1024, 4096, 8192, 9000)
+    )
     places = sorted({place for edge in edges for place in (edge - 1, edge) if 0 <= place < 9000})
     student, teacher = logits("plain", (1, 9000), torch.float32)
     arguments = {
@@ -799,6 +801,11 @@ SHAPES = {
 }
 
 
+def is_slow(shape: tuple[int, int], backend: str) -> bool:
+    """In Triton's interpreter: what depends on all of a row is then seen in short ones."""
+    return backend == "triton" and not GPU and shape[1] > 1000
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_gradient_may_take_the_place_of_the_logits(backend_dtype, divergence):
     """Bit for bit what it is elsewhere."""
@@ -807,9 +814,10 @@ def test_the_gradient_may_take_the_place_of_the_logits(backend_dtype, divergence
         pytest.skip("has no kernels")
     number = DIVERGENCES.index(divergence)
     without = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_mse": 0.0}
-    for shape, options in itertools.product(
-        SHAPES[backend], ({}, {"standardize": True}, without, {"hard_weight": 0.0, **without})
-    ):
+    every = ({}, {"standardize": True}, without, {"hard_weight": 0.0, **without})
+    for shape, options in itertools.product(SHAPES[backend], every):
+        if is_slow(shape, backend) and options not in every[:2]:
+            continue
         values = values_of(*shape, dtype, backend)
         grad = torch.full_like(values["input"], math.nan)
         loss = launch(backend, values, number, grad, **options)
@@ -830,6 +838,8 @@ def test_the_gradient_of_float32_logits_may_be_of_halves(backend, divergence, dt
     for shape, options, (start, padding) in itertools.product(
         SHAPES[backend], ({}, {"standardize": True, "label_smoothing": 0.0}), ((0, 0), (4, 8), (1, 3))
     ):
+        if is_slow(shape, backend) and (start == 0 or (start == 1) == (not options)):
+            continue
         values = values_of(*shape, torch.float32, backend)
         rows, classes = shape
         wholes = [

@@ -73,9 +73,27 @@ struct Factor {
   S high, low;
 };
 
+#if defined(__GNUC__)
+#define KDK_LOOSE(bytes) __attribute__((may_alias, aligned(bytes)))
+#else
+#define KDK_LOOSE(bytes)
+#endif
+
+// Statistics in memory that is of another type, or not as aligned as theirs.
+template <typename S>
+struct LooseOf {
+  typedef S Type KDK_LOOSE(8);
+};
+template <>
+struct LooseOf<float> {
+  typedef float Type KDK_LOOSE(2);
+};
+template <typename S>
+using Loose = typename LooseOf<S>::Type;
+
 // 2^((x - max) factor) of a block; x = -inf and what underflows give 0. The sum is returned.
 template <typename S>
-KDK_INLINE S exponentials(const S* x, int64_t n, S max, const Factor<S>& factor, S* e) {
+KDK_INLINE S exponentials(const S* x, int64_t n, S max, const Factor<S>& factor, Loose<S>* e) {
   constexpr S kLowest = std::numeric_limits<S>::lowest();
   const S high = factor.high, low = factor.low;
   const S from = max > kLowest ? max : kLowest;  // where all is -inf yet
@@ -99,35 +117,16 @@ struct Rest {
   double sum = 0, moment = 0;
 };
 
-// Where a row's exponentials stay: nowhere, in a row of their type, or in the memory of two rows of
-// halves (whose type is another, so it is copied to and from).
-template <typename S>
-struct Kept {
-  S* own = nullptr;
-  char* two = nullptr;
-
-  KDK_INLINE S* block(int64_t begin, S* buffer) const { return own ? own + begin : buffer; }
-  KDK_INLINE void keep(const S* e, int64_t n, int64_t begin) const {
-    if (two != nullptr) std::memcpy(two + sizeof(S) * begin, e, sizeof(S) * n);
-  }
-  KDK_INLINE void fetch(int64_t n, int64_t begin, S* e) const {
-    std::memcpy(e, two + sizeof(S) * begin, sizeof(S) * n);
-  }
-};
-
+// Where a row's exponentials stay, or null.
 template <typename S, typename T>
-KDK_INLINE Kept<S> kept_in(T* gradient, bool next_is_free) {
-  if constexpr (std::is_same_v<S, T>) {
-    return {gradient, nullptr};
-  } else {
-    return {nullptr, next_is_free ? reinterpret_cast<char*>(gradient) : nullptr};
-  }
+KDK_INLINE Loose<S>* place_of(T* gradient, bool next_is_free) {
+  return std::is_same_v<S, T> || next_is_free ? reinterpret_cast<Loose<S>*>(gradient) : nullptr;
 }
 
 // The exponentials of each block go to `kept`, their max to `maxima`.
 template <typename T, typename S>
 KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
-                         const Factor<S>& factor, bool wants_moment, const Kept<S>& kept,
+                         const Factor<S>& factor, bool wants_moment, Loose<S>* kept,
                          std::vector<S>& maxima) {
   Rest<S> rest;
   alignas(64) S copy[kBlock], buffer[kBlock];
@@ -145,10 +144,9 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
       rest.max = max;
     }
     maxima[begin / kBlock] = rest.max;
-    S* e = kept.block(begin, buffer);
-    if (kept.two != nullptr) prefetch_next(reinterpret_cast<S*>(kept.two) + begin);
+    Loose<S>* e = kept == nullptr ? buffer : kept + begin;
+    if (kept != nullptr && sizeof(T) < sizeof(S)) prefetch_next(e);
     rest.sum += exponentials(x, n, rest.max, factor, e);
-    kept.keep(e, n, begin);
     if (wants_moment) {
       S moment = 0;
 #pragma omp simd reduction(+ : moment)
@@ -162,7 +160,7 @@ KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
 // scale R_j into the gradient of the classes outside I; those of I are the caller's.
 template <typename T, typename S>
 KDK_INLINE void spread(const T* input, int64_t classes, const Rest<S>& rest,
-                       const Factor<S>& factor, double scale, const Kept<S>& kept,
+                       const Factor<S>& factor, double scale, const Loose<S>* kept,
                        const std::vector<S>& maxima, T* gradient) {
   const double each = rest.sum > 0 || rest.sum != rest.sum ? scale / rest.sum : 0;
   alignas(64) S buffer[kBlock];
@@ -172,15 +170,14 @@ KDK_INLINE void spread(const T* input, int64_t classes, const Rest<S>& rest,
     const double rescale =
         max == rest.max ? 1.0 : std::exp2((static_cast<double>(max) - rest.max) * factor.value);
     const S a = static_cast<S>(each * rescale);
-    S* block = kept.block(begin, buffer);
-    if (kept.two != nullptr) {
-      kept.fetch(n, begin, buffer);
-    } else if (kept.own == nullptr) {
+    S* block = block_of(gradient + begin, buffer);
+    const Loose<S>* e = kept == nullptr ? buffer : kept + begin;
+    if (kept == nullptr) {
       // Those of I may lie above the maximum, and are overwritten; infinities do no harm.
-      exponentials(widen_block(input + begin, n, buffer), n, max, factor, block);
+      exponentials<S>(widen_block(input + begin, n, buffer), n, max, factor, buffer);
     }
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) block[j] *= a;
+    for (int64_t j = 0; j < n; ++j) block[j] = e[j] * a;
     narrow_block(block, n, gradient + begin);
   }
 }
@@ -251,10 +248,10 @@ KDK_INLINE int64_t topk_rows(const TopkKlDivParams& params, int64_t begin_row, i
     const Factor<S> factor(inverse * kLog2E);
 
     Rest<S> rest;
-    Kept<S> kept;
+    Loose<S>* kept = nullptr;
     if (!renormalized) {
       if (grad_input != nullptr) {
-        kept = kept_in<S>(grad_input, r + 1 < end_row && params.grad_stride == classes);
+        kept = place_of<S>(grad_input, r + 1 < end_row && params.grad_stride == classes);
       }
       rest = sweep(input, classes, chosen, factor, temperature_out != nullptr, kept, maxima);
     } else if (grad_input != nullptr) {
