@@ -166,7 +166,7 @@ KDK_INLINE double second_order_ratio(double x) {
 // their own, not a struct's members only: a loop over structs is not vectorised.)
 template <typename T>
 KDK_INLINE T kl_excess(T p, T q, T delta) {
-  const bool near = delta < T(0.5) && delta > T(-0.5);
+  const bool near = std::fabs(delta) < T(0.5);
   const T x = select(near, delta, T(0));  // keeps an infinite delta out of the polynomial
   const T series = p * (x * x * second_order_ratio(x));
   // p = 0 contributes q whatever delta is (0 * inf = 0); a NaN reaches the sum through q - p.
@@ -176,7 +176,7 @@ KDK_INLINE T kl_excess(T p, T q, T delta) {
 
 template <typename T>
 KDK_INLINE T kl_difference(T p, T q, T delta) {
-  const bool near = delta < T(0.5) && delta > T(-0.5);
+  const bool near = std::fabs(delta) < T(0.5);
   const T x = select(near, delta, T(0));
   const T series = p * (x * x * second_order_ratio(x) - x);
   return select(near, series, q - p);

@@ -186,7 +186,7 @@ struct Terms {
     } else if constexpr (kD == Divergence::kMixture) {
       return slope_gradient(q, mixture_slope<kEven>(d, mix, first, second), S(0));
     } else if constexpr (kD == Divergence::kTotalVariation) {
-      return q * total_variation_slope(p, q, d);
+      return total_variation_weight(p, q, d);
     } else if constexpr (kD == Divergence::kReverseDecoupled) {
       return slope_gradient(q, second * reverse_kl_slope(d), S(0));
     } else if constexpr (kD == Divergence::kReverseNormalized) {
