@@ -180,9 +180,7 @@ MUTATIONS = [
     Mutation("family: smoothing over masked classes", DIVERGENCES, "/ live.sum(-1)", "/ student.shape[-1]", family("cpu", "minus")),
     Mutation("family: an even mixture's other side", "csrc/divergence.h", "T other_log = bounded_log - size;", "T other_log = bounded_log + size;", family("cpu", "every_loss")),
     Mutation("cpu family: sides far apart differenced", CPU_FAMILY, "if (alike && far(", "if (false && far(", distance("logit_loss", "far_from")),
-    Mutation("cpu family: no centers of sides far apart", CPU_FAMILY, "if (spread && far(", "if (false && far(", distance("logit_loss", "far_from")),
     Mutation("cpu family: zeros for no classes", CPU_FAMILY, "buffer + whole, -static_cast<S>(INFINITY)", "buffer + whole, S(0)", family("cpu", "every_loss")),
-    Mutation("cpu family: more than a last block stored", CPU_FAMILY, "store_block(g, classes_from(begin),", "store_block(g, n - 1,", family("cpu", "every_number")),
     Mutation("cpu family: blocks' means all the same", CPU_FAMILY, " + step * step * (count * live / all);", ";", distance("logit_loss", "many_rows")),
     Mutation("cpu family: moment of a fast row missing", CPU_FAMILY, "if (wants_moment) found.moment = fast_sums.moment();", "", distance("logit_loss", "many_rows")),
     Mutation("cpu family: moments on the first block's scale", CPU_ROW, ", e_moment *= by, w_moment *= by;", ";", distance("logit_loss", "many_rows")),
@@ -648,7 +646,7 @@ def main(word: str = "") -> int:
             if mutation.old not in text:
                 raise SystemExit(f"{mutation.name}: {mutation.file} no longer holds {mutation.old!r}")
             path.write_text(text.replace(mutation.old, mutation.new))
-            rebuild = mutation.file.startswith(("csrc/cpu", "csrc/math", "python"))
+            rebuild = mutation.file.startswith(("csrc", "python")) and "csrc/cuda" not in mutation.file
             if rebuild or stale:
                 shell(build, tree, KDKERNELS_CUDA="0")
             stale = rebuild

@@ -110,23 +110,15 @@ struct FastRow {
   float apart;                        // the second less the first, to more digits than theirs
   // What `apart` has a target's logits taken from, so that large ones lose nothing.
   float target_from = 0;
-  // And, where the two sides are far from each other, what these are before they are differenced.
-  float input_center = 0, target_center = 0;
   float target_shift = 0, guess = 0;  // guess is c0 / ln 2
 
   struct Element {
     float e, x, minus_1, excess;  // x is -x / ln 2
   };
 
-  template <bool kCentered>
-  KDK_INLINE float gap(float s, float t) const {
-    return kCentered ? (s - input_center) - (t - target_center) : s - t;
-  }
-
-  template <bool kCentered = false>
   KDK_INLINE Element element(float s, float t) const {
     constexpr float kTwo = static_cast<float>(kLn2);
-    const float x = gap<kCentered>(s, t) * input_factor - (t - target_from) * apart + guess;
+    const float x = (s - t) * input_factor - (t - target_from) * apart + guess;
     const float shifted = x + kRound;
     const float k = shifted - kRound;
     const float f = x - k;
@@ -157,8 +149,6 @@ struct FastSums {
 alignas(64) constexpr float kCounts[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                                    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// (kMoment: with the sums for a moment, and with centers.)
-//
 // One fast sweep with fast.guess, or with the first block's maxima for a guess where that is NaN:
 // these are off by no more than the noise near convergence. False where the row must go the plain
 // way.
@@ -195,7 +185,7 @@ KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, Fas
           sums.input_from = s_max;
           fast.target_from = t_max;
           if (std::isnan(fast.guess)) {
-            fast.guess = -fast.gap<kMoment>(s_max, t_max) * fast.input_factor;
+            fast.guess = (t_max - s_max) * fast.input_factor;
             if (far(fast.guess)) least = 0;  // the plain way
           }
         }
@@ -209,7 +199,7 @@ KDK_INLINE bool fast_sweep(const T* input, const T* target, int64_t classes, Fas
 #pragma omp simd reduction(+ : sum, excess, difference, e_moment, w_moment) reduction(min : least) \
     reduction(max : largest)
           for (int64_t j = begin_j; j < end_j; ++j) {
-            const auto element = row.element<kMoment>(s[j], t[j]);
+            const auto element = row.element(s[j], t[j]);
             const float size = std::fabs(element.x);
             least = element.e < least ? element.e : least;
             largest = size > largest ? size : largest;

@@ -806,10 +806,6 @@ struct LogitLossRow {
       if (scratch.keep && gradient != nullptr) {
         const double apart = static_cast<double>(pair.t_factor) + pair.t_extra - pair.s_factor;
         fast = {pair.s_factor, pair.t_factor, static_cast<float>(apart)};
-        if (spread && far((s_spread.mean - t_spread.mean) * pair.s_factor)) {
-          fast.input_center = static_cast<float>(s_spread.mean);
-          fast.target_center = static_cast<float>(t_spread.mean);
-        }
         is_fast = fast_kl_of(fast, fast_sums, wants_moment, gradient);
         if (is_fast) raw_squarings = -1;
       }

@@ -27,6 +27,15 @@
 
 namespace kdkernels::cpu {
 
+// Has the line at this address on its way from memory.
+KDK_INLINE void prefetch(const void* at) {
+#if defined(__GNUC__)
+  __builtin_prefetch(at);
+#else
+  (void)at;
+#endif
+}
+
 struct BFloat16 {
   uint16_t bits;
 };

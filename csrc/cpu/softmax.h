@@ -75,7 +75,7 @@ KDK_INLINE void prefetch_next(const T* x) {
   const char* next = reinterpret_cast<const char*>(x + kBlock);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < static_cast<int64_t>(sizeof(T)) * kBlock; i += kLine) {
-    __builtin_prefetch(next + i);
+    prefetch(next + i);
   }
 }
 
