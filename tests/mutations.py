@@ -180,7 +180,7 @@ MUTATIONS = [
     Mutation("family: smoothing over masked classes", DIVERGENCES, "/ live.sum(-1)", "/ student.shape[-1]", family("cpu", "minus")),
     Mutation("family: an even mixture's other side", "csrc/divergence.h", "T other_log = bounded_log - size;", "T other_log = bounded_log + size;", family("cpu", "every_loss")),
     Mutation("cpu family: sides far apart differenced", CPU_FAMILY, "if (alike && far(", "if (false && far(", distance("logit_loss", "far_from")),
-    Mutation("cpu family: zeros for no classes", CPU_FAMILY, "buffer + whole, -static_cast<S>(INFINITY)", "buffer + whole, S(0)", family("cpu", "every_loss")),
+    Mutation("cpu family: zeros for no classes", CPU_FAMILY, "to + whole_vectors(n), -static_cast<S>(INFINITY)", "to + whole_vectors(n), S(0)", family("cpu", "every_loss")),
     Mutation("cpu family: blocks' means all the same", CPU_FAMILY, " + step * step * (count * live / all);", ";", distance("logit_loss", "many_rows")),
     Mutation("cpu family: moment of a fast row missing", CPU_FAMILY, "if (wants_moment) found.moment = fast_sums.moment();", "", distance("logit_loss", "many_rows")),
     Mutation("cpu family: moments on the first block's scale", CPU_ROW, ", e_moment *= by, w_moment *= by;", ";", distance("logit_loss", "many_rows")),

@@ -60,10 +60,8 @@ constexpr int64_t kAhead = 8;
 
 template <typename T>
 KDK_INLINE void prefetch_row(const Samples<T>& samples, int64_t i, int64_t n) {
-  if (i >= samples.count) return;
-  const char* row = reinterpret_cast<const char*>(samples.base + samples.row(i) * samples.stride);
-  for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64) {
-    prefetch(row + at);
+  if (i < samples.count) {
+    prefetch(samples.base + samples.row(i) * samples.stride, sizeof(T) * n);
   }
 }
 

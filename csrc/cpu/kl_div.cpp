@@ -27,11 +27,11 @@ KDK_INLINE void kl_div_rows(const KlDivParams& params, int64_t begin_row, int64_
   constexpr int64_t kStashRows = sizeof(T) == sizeof(float) ? 1 : 2;
   const bool stashed = params.grad_input != nullptr && params.rows >= 32 * kStashRows;
   Stash stash;
-  stash.shift.resize(classes / kBlock + 1);
-  Lines<float> w_row;
+  stash.shift.reserve(classes / kBlock + 1);
+  Buffer<float> w_row;
   if (stashed) {
-    stash.e.resize(classes);
-    w_row.resize(sizeof(T) == sizeof(float) ? 0 : classes);
+    stash.e.reserve(classes);
+    w_row.reserve(sizeof(T) == sizeof(float) ? 0 : classes);
   }
 
   const double one_input = 1 / params.input_temperature_value;

@@ -87,7 +87,7 @@ KDK_INLINE Sweep<S> plain_sweep(const T* input, const T* target, int64_t classes
 // each block. A float32 gradient may hold w itself: the fewer lines a row touches, the longer it
 // stays in the inner caches.
 struct Stash {
-  Lines<float> e, shift;
+  Buffer<float> e, shift;
   float* w = nullptr;
 };
 

@@ -554,14 +554,11 @@ struct Source {
     return x;
   }
 
-  // As block, of whole vectors: what makes it so are classes of -inf, which count for nothing.
-  const S* vectors(int64_t begin, int64_t n, S* buffer) const {
-    const S* x = block(begin, n, buffer);
-    const int64_t whole = whole_vectors(n);
-    if (whole == n) return x;
-    if (x != buffer) std::copy_n(x, n, buffer);
-    std::fill(buffer + n, buffer + whole, -static_cast<S>(INFINITY));
-    return buffer;
+  // Such a block into `to`, and up to whole vectors classes of -inf, which count for nothing.
+  void fill_up(int64_t begin, int64_t n, S* to) const {
+    const S* x = block(begin, n, to);
+    if (x != to) std::copy_n(x, n, to);
+    std::fill(to + n, to + whole_vectors(n), -static_cast<S>(INFINITY));
   }
 
   // (Inlined, as GCC drops a call to what does nothing but this.)
@@ -666,7 +663,7 @@ bool in_own_row(const LogitLossParams& params) {
 template <typename S>
 struct Scratch {
   bool keep;
-  Lines<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
+  Buffer<S> s_exp, t_exp, raw_exp, s_max, t_max, gradient;
   alignas(64) S s_last[kBlock], t_last[kBlock];  // of each side's row, made to be of whole vectors
   Stash stash;
 
@@ -674,11 +671,13 @@ struct Scratch {
     keep = params.rows >= 64;
     if (keep) {
       const int64_t blocks = params.classes / kBlock + 1;
-      for (auto* row : {&s_exp, &t_exp, &raw_exp}) row->resize(whole_vectors(params.classes));
-      for (auto* row : {&s_max, &t_max}) row->resize(blocks);
-      if (kl) stash.e.resize(params.classes), stash.shift.resize(blocks);
+      // From 0: what is not written, as all is -inf so far, is multiplied by 0.
+      const int64_t whole = whole_vectors(params.classes);
+      for (auto* row : {&s_exp, &t_exp, &raw_exp}) std::fill_n(row->reserve(whole), whole, S(0));
+      for (auto* row : {&s_max, &t_max}) row->reserve(blocks);
+      if (kl) stash.e.reserve(params.classes), stash.shift.reserve(blocks);
     }
-    if (later_sweep && !in_own_row(params)) gradient.resize(whole_vectors(params.classes));
+    if (later_sweep && !in_own_row(params)) gradient.reserve(whole_vectors(params.classes));
   }
 };
 
@@ -711,7 +710,7 @@ struct LogitLossRow {
                            bool& has_last) -> const S* {
       if (ahead) row.prefetch_after(begin);
       if (n % kLanes == 0) return row.block(begin, n, buffer);
-      if (!has_last) row.vectors(begin, n, last);
+      if (!has_last) row.fill_up(begin, n, last);
       has_last = true;
       return last;
     };

@@ -67,7 +67,7 @@ KDK_INLINE double add_teacher(const T* input, const T* target, int64_t classes, 
 
 // The student's side for one temperature.
 struct Student {
-  Lines<float> e;
+  Buffer<float> e;
   float factor = NAN;  // log2(e) / T, NaN before the first
   double sum;
   bool underflows;
@@ -199,11 +199,13 @@ KDK_INLINE void multi_teacher_rows(const MultiTeacherKlDivParams& params, int64_
   // one. The choice must not depend on the number of threads: the two ways may round differently.
   const bool shared = std::is_same<S, float>::value && params.rows >= 64;
   Stash stash;
-  stash.shift.resize(classes / kBlock + 1);
+  stash.shift.reserve(classes / kBlock + 1);
   Student student;
-  student.e.resize(shared ? classes : 0);
-  Lines<float> v(shared && has_gradient ? classes : 0);
-  Lines<S> sum_row(kHalf && has_gradient ? classes : 0);
+  student.e.reserve(shared ? classes : 0);
+  Buffer<float> v;
+  v.reserve(shared && has_gradient ? classes : 0);
+  Buffer<S> sum_row;
+  sum_row.reserve(kHalf && has_gradient ? classes : 0);
 
   for (int64_t r = begin_row; r < end_row; ++r) {
     T* grad_input = row_of<T>(params.grad_input, r, classes);

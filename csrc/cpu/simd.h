@@ -27,12 +27,13 @@
 
 namespace kdkernels::cpu {
 
-// Has the line at this address on its way from memory.
-KDK_INLINE void prefetch(const void* at) {
+// Has so many bytes on their way from memory.
+KDK_INLINE void prefetch(const void* from, int64_t bytes) {
 #if defined(__GNUC__)
-  __builtin_prefetch(at);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 #else
-  (void)at;
+  (void)from, (void)bytes;
 #endif
 }
 

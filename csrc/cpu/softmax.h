@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
-#include <vector>
 
+#include "buffer.h"
 #include "simd.h"
 
 namespace kdkernels::cpu {
@@ -18,23 +17,6 @@ constexpr int64_t kBlock = 512;
 constexpr int64_t kLanes = 16;
 
 KDK_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Where a vector's accesses meet one line of the cache each.
-template <typename T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::align_val_t kLine{64};
-
-  LineAllocator() = default;
-  template <typename U>
-  LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
-  bool operator==(const LineAllocator&) const { return true; }
-  bool operator!=(const LineAllocator&) const { return false; }
-};
-template <typename T>
-using Lines = std::vector<T, LineAllocator<T>>;
 
 // max x, and the sum of 2^(x factor - shift) with shift = max x factor as rounded, over what has
 // been seen of a row; log2 of the row's sum of 2^(x factor) is shift + log2(sum). Sums across
@@ -71,12 +53,7 @@ struct Softmax {
 // nothing, and kl_div lost 5 %.)
 template <typename T>
 KDK_INLINE void prefetch_next(const T* x) {
-  constexpr int64_t kLine = 64;
-  const char* next = reinterpret_cast<const char*>(x + kBlock);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < static_cast<int64_t>(sizeof(T)) * kBlock; i += kLine) {
-    prefetch(next + i);
-  }
+  prefetch(x + kBlock, sizeof(T) * kBlock);
 }
 
 // body(x, n, begin) over the blocks of one row, in the statistics type.

@@ -117,13 +117,7 @@ struct Rest {
   double sum = 0, moment = 0;
 };
 
-// Where a row's exponentials stay, or null.
-template <typename S, typename T>
-KDK_INLINE Loose<S>* place_of(T* gradient, bool next_is_free) {
-  return std::is_same_v<S, T> || next_is_free ? reinterpret_cast<Loose<S>*>(gradient) : nullptr;
-}
-
-// The exponentials of each block go to `kept`, their max to `maxima`.
+// The exponentials of each block go to `kept`, where that is, their max to `maxima`.
 template <typename T, typename S>
 KDK_INLINE Rest<S> sweep(const T* input, int64_t classes, const Chosen& chosen,
                          const Factor<S>& factor, bool wants_moment, Loose<S>* kept,
@@ -248,11 +242,11 @@ KDK_INLINE int64_t topk_rows(const TopkKlDivParams& params, int64_t begin_row, i
     const Factor<S> factor(inverse * kLog2E);
 
     Rest<S> rest;
-    Loose<S>* kept = nullptr;
+    // Where the exponentials stay: those of a half row need the next one too.
+    const bool has_place =
+        std::is_same_v<S, T> || (r + 1 < end_row && params.grad_stride == classes);
+    auto* kept = has_place ? reinterpret_cast<Loose<S>*>(grad_input) : nullptr;
     if (!renormalized) {
-      if (grad_input != nullptr) {
-        kept = place_of<S>(grad_input, r + 1 < end_row && params.grad_stride == classes);
-      }
       rest = sweep(input, classes, chosen, factor, temperature_out != nullptr, kept, maxima);
     } else if (grad_input != nullptr) {
       std::memset(grad_input, 0, sizeof(T) * classes);
