@@ -115,8 +115,6 @@ def test_equal_batches_are_exactly_zero(name, backend, dtype, shape):
         if dtype == torch.float64:
             pytest.skip("float32 again")
         shape = (min(shape[0], 40), shape[1])
-    elif backend == "triton" and not GPU:
-        shape = (min(shape[0], 100), shape[1])
     x, _ = features(*shape, dtype=dtype, backend=backend)
     x[:, 1] = 0  # a dead unit
     x[:, 2] = 0.1  # one that is stuck
@@ -131,7 +129,9 @@ def test_equal_batches_are_exactly_zero(name, backend, dtype, shape):
     allowed = 1e-13 if name == "gaussian_kl, full" else 40 * own if summed else 0
     assert of_x.abs().max() <= allowed and of_y.abs().max() <= allowed
     if CASES[name].labels:
-        loss, of_x, of_y = gradients(function, x, x, labels=torch.arange(shape[0]) % 5)
+        if backend == "triton" and not GPU:  # slow, and of several blocks all the same
+            x = x[:100]
+        loss, of_x, of_y = gradients(function, x, x, labels=torch.arange(len(x)) % 5)
         assert loss.abs() <= allowed and of_x.abs().max() <= allowed and of_y.abs().max() <= allowed
 
 
