@@ -4,13 +4,16 @@ import errno
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,10 @@ import torch
 for library in ("typer", "rich", "matplotlib", "sklearn", "lightning_fabric", "tensorboard", "safetensors"):
     pytest.importorskip(library, reason="kdkernels[train] is not installed")
 
+from rich.console import Console  # noqa: E402
+
 from kdkernels.methods import deployable, load_deployable  # noqa: E402
-from kdkernels.train import data, experiment, loop, models, report  # noqa: E402
+from kdkernels.train import data, experiment, loop, models, report, signals  # noqa: E402
 from kdkernels.train.__main__ import main  # noqa: E402
 
 MODELS = ("teacher", "student_alone", "student_same_images", "student")
@@ -611,6 +616,83 @@ def test_a_signal_leaves_the_last_checkpoint_whole(number, code, word, tmp_path)
     assert len(error.strip().splitlines()) == 1
     assert str(checkpoint) in error
     assert_readable(tmp_path / "cut")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A report in whose first training an epoch ended."""
+    optimisation = loop.Optimisation(1000, 10, 0.1)
+    training = loop.Training("student", "student", "", None, torch.arange(20), optimisation)
+    one = report.Report(tmp_path, None, {}, Console(file=io.StringIO()), True)
+    one.begin(training, 1)
+    return one, training, loop.Epoch(1, 1.0, 50.0, 20, 1.0, {"soft": 1.0})
+
+
+class SignalAt:
+    """A trace function that sends SIGINT at one of the instructions of Python's queues and conditions."""
+
+    FILES = (queue.__file__, threading.__file__)
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self.seen = wanted, 0
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        frame.f_trace_opcodes = True
+        self.seen += 1
+        if self.seen == self.wanted:
+            signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def test_a_signal_while_an_epoch_is_reported_does_not_lock_up_the_end(tmp_path, begun):
+    """At whatever instruction it comes: a queue's lock, taken and not given back, had made a run wait for ever."""
+    one, training, epoch = begun
+    before, number, came = sys.gettrace(), 0, 0
+    while came == number:
+        number += 1
+        try:
+            with signals.handled():
+                sys.settrace(SignalAt(number))
+                one.epoch(training, epoch)
+        except signals.Stopped:
+            came += 1
+        finally:
+            sys.settrace(before)
+        ending = threading.Thread(target=one.writer.flush, daemon=True)
+        ending.start()
+        ending.join(30)
+        assert not ending.is_alive(), f"instruction {number}"
+    one.writer.close()
+    assert number > 200
+    lines = metrics_of(tmp_path)
+    assert len(lines) == number and len(one.history["student"]) == number
+
+
+def test_a_signal_that_was_dropped_ends_the_run_at_the_next_step(begun):
+    one, training, _ = begun
+    advance = one.begin(training, 1)
+    with pytest.raises(signals.Stopped, match="interrupted"), signals.handled():
+        advance()
+        with suppress(BaseException):  # as code in C does
+            signal.raise_signal(signal.SIGINT)
+        advance()
+    with signals.handled():  # the next run is not stopped by it
+        advance()
+
+
+def test_a_held_signal_waits_for_the_outermost_end():
+    done = []
+    with pytest.raises(signals.Stopped, match="terminated") as stopped, signals.handled():
+        with signals.held():
+            with signals.held():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+        done.append("after")
+    assert done == ["inner", "outer"]
+    assert stopped.value.code == 143
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, capsys):

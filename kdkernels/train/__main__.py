@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import signal
 import statistics
 import sys
 import textwrap
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 try:
@@ -39,6 +37,7 @@ from kdkernels.train import models, recipes
 from kdkernels.train.experiment import CHAINS, OF_CHECKPOINTS, Config, accepted, run
 from kdkernels.train.loop import BadLoss, TrainingError
 from kdkernels.train.report import Report, write_json
+from kdkernels.train.signals import Stopped, handled
 
 # Chosen on validation accuracy; digits is a smoke run of seconds. The others are where a recipe starts.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,14 +59,6 @@ class Failure(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop. Not an Exception, so that no library swallows it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
-        self.code = 128 + number
 
 
 def _bad(flag: str, message: str) -> NoReturn:
@@ -651,28 +642,20 @@ def _make_folder(out: Path, name: str | None, config: Config) -> Path:
             _bad("--out", f"got '{out}', takes a folder that can be written: {error.strerror}")
 
 
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    raise Stopped(number)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
     0 done, 1 failed, 2 a bad flag, 130 interrupted, 143 terminated.
     """
-    # SIGINT too: a shell starts background jobs with it ignored, and Python then leaves it so.
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return app(arguments, prog_name="python -m kdkernels.train", standalone_mode=False) or 0
+        with handled():
+            return app(arguments, prog_name="python -m kdkernels.train", standalone_mode=False) or 0
     except UsageError as error:
         message, code = f"{error.format_message()} (--help lists all flags)", 2  # type: ignore[attr-defined]
     except Failure as failure:
         message, code = str(failure), failure.code
     except Stopped as stopped:
         message, code = str(stopped), stopped.code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     print(f"error: {message}", file=sys.stderr)
     return code
 

@@ -26,6 +26,7 @@ import kdkernels
 from kdkernels.backend import resolve
 from kdkernels.methods import Cost, Deployable
 from kdkernels.methods.deployable import write_atomically
+from kdkernels.train import signals
 from kdkernels.train.loop import Epoch, Training, TrainingError
 
 if TYPE_CHECKING:
@@ -99,10 +100,12 @@ class Report:
 
             self.writer = SummaryWriter(folder / "tensorboard")
 
+    @signals.held()
     def __enter__(self) -> "Report":
         self.progress.start()
         return self
 
+    @signals.held()
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
         if self.writer is not None:
@@ -116,6 +119,7 @@ class Report:
 
     # A training's life: begin, (checkpoint, epoch, state) for each epoch, done; or finished before.
 
+    @signals.held()
     def begin(self, training: Training, first: int) -> Callable[[], None]:
         """A training starts, or goes on; returns what to call after each of its steps."""
         name, epochs = training.name, training.optimisation.epochs
@@ -127,17 +131,24 @@ class Report:
         shown: dict[str, Any] = {"epoch": first - 1, "epochs": epochs, "score": "val    – %", "rate": ""}
         task = self.progress.add_task(training.title, total=epochs * steps, completed=done, **shown)
         self.task = task
-        return lambda: self.progress.advance(task)
+
+        def advance() -> None:
+            signals.check()
+            self.progress.advance(task)
+
+        return advance
 
     def _name(self, training: Training) -> None:
         self.titles[training.name], self.sources[training.name] = training.title, training.source
 
+    @signals.held()
     def checkpoint(self, training: Training, epoch: Epoch, weights: dict[str, Tensor]) -> None:
         """Replace the model's weights on disk by better ones."""
         path = self.folder / f"{training.name}.pt"
         self._save(path, weights)
         self.saved = f"the last checkpoint, {path} (epoch {epoch.number}), is whole"
 
+    @signals.held()
     def anchor(self, number: int, weights: dict[str, Tensor]) -> None:
         """One of the teacher's own checkpoints."""
         self._save(self.folder / f"teacher-anchor-{number + 1}.pt", weights)
@@ -147,6 +158,7 @@ class Report:
         paths = [self.folder / f"teacher-anchor-{i + 1}.pt" for i in range(count)]
         return [path for path in paths if path.exists()]
 
+    @signals.held()
     def epoch(self, training: Training, epoch: Epoch) -> None:
         """An epoch is over: one line of metrics."""
         name, total = training.name, training.optimisation.epochs
@@ -185,11 +197,13 @@ class Report:
         if epoch.number == total:
             self.status = f"after the last epoch of the {training.title}"
 
+    @signals.held()
     def state(self, training: Training, state: dict[str, Any]) -> None:
         """All that the training's next epoch depends on."""
         self._open = {"training": training.name, **state, "best": asdict(state["best"])}
         self._write_state()
 
+    @signals.held()
     def done(self, training: Training, best: Epoch, module: Deployable) -> None:
         """A training is over: the module to ship."""
         name = training.name
