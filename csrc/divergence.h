@@ -13,7 +13,8 @@ namespace kdkernels {
 
 // D = log P_j - log Q_j of a class from its logits. They are differenced first: near convergence t
 // - s is exact, and everything after it is of the size of D. Where the factors of the two sides are
-// far apart, that would cancel instead: then each side is taken from its own maximum.
+// far apart, or their maxima, that would cancel instead: then each side is taken from its own
+// maximum.
 template <typename T>
 struct LogRatio {
   T input_max;       // of the logits that Q is over; 0 where all are -inf
@@ -34,7 +35,8 @@ struct LogRatio {
         target_inverse(static_cast<T>(target_inverse)),
         extra(static_cast<T>(target_inverse - input_inverse)),
         offset(offset),
-        together(target_inverse < 1.25 * input_inverse && input_inverse < 1.25 * target_inverse) {}
+        together(target_inverse < 1.25 * input_inverse && input_inverse < 1.25 * target_inverse &&
+                 std::fabs(shift) * input_inverse < kFar) {}
 
   // -inf where P_j = 0, also where Q_j = 0 too.
   KDK_INLINE T operator()(T s, T t) const {

@@ -20,6 +20,11 @@ namespace kdkernels {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Two sides whose maxima over T are further apart than this, which is a maximum's distance from
+// most of its row, are far from each other: more is lost when their logits are differenced than
+// when each is first taken from its own maximum.
+constexpr float kFar = 44;
+
 KDK_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

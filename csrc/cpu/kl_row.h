@@ -17,10 +17,8 @@
 
 namespace kdkernels::cpu {
 
-// Whether two sides are so far from each other that more is lost when their logits are differenced
-// than when each is first taken from its own maximum, which is a few tens away. (From log2(e) / T
-// times that difference.)
-KDK_INLINE bool far(double difference) { return std::fabs(difference) > 64; }
+// Of log2(e) / T times the maxima's difference.
+KDK_INLINE bool far(double difference) { return std::fabs(difference) > kFar * kLog2E; }
 
 template <typename S>
 struct Row {

@@ -54,14 +54,18 @@ KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::T
   const float input_norm = 1 / static_cast<float>(sum[0]);
   const float target_norm = 1 / static_cast<float>(sum[1]);
 
-  // D_j = t_j / T_P - s_j / T_Q - offset. Differencing first leaves exactly (t_j - s_j) / T at
-  // equal temperatures: the second product is then 0, or NaN where P_j = 0 and no term looks at it.
+  // D_j from the logits' difference, which is exact near convergence; where the sides are far from
+  // each other, from each side's distance to its own maximum. At equal temperatures the second
+  // product is 0, or NaN where P_j = 0 and no term looks at it.
   const float extra_inverse = target_inverse - input_inverse;
-  const auto scaled_difference = [&](float s, float t) {
-    return (t - s) * input_inverse + t * extra_inverse;
+  const float shift = target_max - input_max;
+  const bool far = fabsf(shift) * input_inverse > kFar;
+  const float offset = log_ratio(sum[1], sum[0]);
+  const auto delta_of = [&](float s, float t) {
+    const float from_max = t - target_max;
+    const float difference = far ? from_max - (s - input_max) : (t - s) - shift;
+    return difference * input_inverse + from_max * extra_inverse - offset;
   };
-  const float offset = scaled_difference(input_max, target_max) + log_ratio(sum[1], sum[0]);
-  const auto delta_of = [&](float s, float t) { return scaled_difference(s, t) - offset; };
   const auto p_of = [&](float t) {
     return exp2_approximate((t - target_max) * target_factor[0]) * target_norm;
   };

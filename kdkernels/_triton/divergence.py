@@ -11,7 +11,7 @@ near convergence.
 import triton
 import triton.language as tl
 
-from kdkernels._triton.rows import kl_term
+from kdkernels._triton.rows import FAR, kl_term
 
 # Divergence in csrc/kdkernels.h.
 NONE = tl.constexpr(0)
@@ -72,9 +72,9 @@ def log_quotient(
     inverse_p,  # (BLOCK_M, 1)
     inverse_gap,  # (BLOCK_M, 1): inverse_p - inverse_q
 ):
-    # log(e_p / e_q). The logits' difference is exact where they are close; where the factors are far apart it would
-    # be a large number for a small one.
-    close = tl.abs(inverse_gap) <= 0.25 * inverse_q
+    # log(e_p / e_q). The logits' difference is exact where they are close; where the factors are far apart, or the
+    # maxima, it would be a large number for a small one.
+    close = (tl.abs(inverse_gap) <= 0.25 * inverse_q) & (tl.abs(max_p - max_q) * inverse_q <= FAR)
     of_both = tl.where(close, inverse_q, 0.0)
     of_p = tl.where(close, inverse_gap, inverse_p)
     of_q = tl.where(close, 0.0, -inverse_q)

@@ -29,6 +29,7 @@ from kdkernels._triton.rows import (
     kl_term,
     load_tile,
     log_of_ratio,
+    log_quotient_of_one_temperature,
     per_row,
     store_per_row,
     store_tile,
@@ -55,8 +56,7 @@ def _log_quotient(
     inverse_q,  # (BLOCK_M, 1)
     inverse_p,  # (BLOCK_M, 1)
 ):
-    # log(e_p / e_q): D but for the ratio of the sums. The logits' difference is exact where they are close.
-    equal = ((t - s) - (max_p - max_q)) * inverse_q
+    equal = log_quotient_of_one_temperature(s, t, max_q, max_p, inverse_q)
     return equal + (t - max_p) * (inverse_p - inverse_q)
 
 

@@ -27,6 +27,7 @@ from kdkernels._triton.rows import (
     kl_term,
     load_tile,
     log_of_ratio,
+    log_quotient_of_one_temperature,
     store_per_row,
     store_tile,
     tile,
@@ -74,18 +75,6 @@ def _of_teacher(
         offset = row.to(tl.int64) * strides[1] + tl.cast(strides[0], tl.int64) * teacher
         result = tl.load(ptr + offset, mask=live, other=1.0)
     return result[:, None]
-
-
-@triton.jit
-def _log_quotient(
-    s,  # (BLOCK_M, BLOCK_N)
-    t,  # (BLOCK_M, BLOCK_N)
-    max_q,  # (BLOCK_M, 1)
-    max_p,  # (BLOCK_M, 1)
-    inverse,  # (BLOCK_M, 1)
-):
-    # log(e_p / e_q): D but for the ratio of the sums. The logits' difference is exact where they are close.
-    return ((t - s) - (max_p - max_q)) * inverse
 
 
 @triton.jit
@@ -241,7 +230,7 @@ def multi_teacher_kl_div_kernel(
                 factor = inverses[k] * LOG2E
                 q = tl.exp2((s - max_q) * factor) * norms_q[k]
                 p = tl.exp2((t - maxima_p[k]) * factor) * norms_p[k]
-                delta = _log_quotient(s, t, max_q, maxima_p[k], inverses[k]) - log_ratios[k]
+                delta = log_quotient_of_one_temperature(s, t, max_q, maxima_p[k], inverses[k]) - log_ratios[k]
                 excess, difference = kl_term(p, q, delta)
                 if losses_ptr is None:
                     loss_lanes += tl.where(weights[k] != 0.0, weights[k] * excess, 0.0)
@@ -283,7 +272,7 @@ def multi_teacher_kl_div_kernel(
             factor = inverse * LOG2E
             e_q = tl.exp2((s - max_q) * factor)
             e_p = tl.exp2((t - max_p) * factor)
-            quotient = _log_quotient(s, t, max_q, max_p, inverse)
+            quotient = log_quotient_of_one_temperature(s, t, max_q, max_p, inverse)
             total_q = tl.sum(e_q, 1)[:, None]
             total_p = tl.sum(e_p, 1)[:, None]
             # The series leaves out even the rounding of the exponentials, which few classes do not average away.

@@ -9,6 +9,8 @@ import triton.language as tl
 # Finite, so that a lane which has seen only -inf never forms -inf - -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+# A maximum's distance from most of its row, over the temperature: two maxima further apart are far from each other.
+FAR = tl.constexpr(44.0)
 
 
 class Tile(NamedTuple):
@@ -75,6 +77,20 @@ def add_online(
     e = tl.exp2(-tl.abs(x - maximum) * factor)
     rises = x > maximum
     return tl.where(rises, x, maximum), tl.where(rises, total * e + 1.0, total + e)
+
+
+@triton.jit
+def log_quotient_of_one_temperature(
+    s,  # (BLOCK_M, BLOCK_N)
+    t,  # (BLOCK_M, BLOCK_N)
+    max_q,  # (BLOCK_M, 1)
+    max_p,  # (BLOCK_M, 1)
+    inverse,  # (BLOCK_M, 1)
+):
+    # log(e_p / e_q): log(p / q) but for the ratio of the sums. The logits' difference is exact where they are close;
+    # where the sides are far from each other each is first taken from its own maximum.
+    far = tl.abs(max_p - max_q) * inverse > FAR
+    return (tl.where(far, t - max_p, t - s) - tl.where(far, s - max_q, max_p - max_q)) * inverse
 
 
 @triton.jit
