@@ -346,6 +346,7 @@ def test_what_is_left_to_python():
         loss = top(log_probs, indices, **options)
         assert not is_common(loss) and is_common(top(log_probs, indices)), options
         torch.testing.assert_close(loss, top(log_probs, indices), rtol=1e-5, atol=1e-6)
+    indices = torch.arange(7).repeat(3)[:15].view(5, 3)  # good ones in whatever order they are read
     for given in (
         (log_probs.double(), indices),
         (log_probs, indices.int()),

@@ -237,6 +237,8 @@ def cases(target: str) -> list[dict[str, Any]]:
         *(case("kl_div", "float32", classes, MAIN) for classes in (1, 1001)),
         *(case("scale_rows", "float16", classes, []) for classes in (100, 1000, 32000)),
     ]
+    if target != "sm_90":  # float16 differs from bfloat16 in its loads and stores alone
+        found = [x for x in found if x["dtype"] != "float16" or {**x, "dtype": "bfloat16"} not in found]
     if target == "gfx942":  # where the tiles of a linear loss, chosen for NVIDIA's, spill in all but float16
         found = [x for x in found if x["kernel"] != "linear_loss" or x["dtype"] == "float16"]
     return found
