@@ -56,7 +56,7 @@ KDK_DEVICE void kl_div_row(const KlDivParams& params, int64_t r, typename Row::T
 
   // D_j from the logits' difference, which is exact near convergence; where the sides are far from
   // each other, from each side's distance to its own maximum. At equal temperatures the second
-  // product is 0, or NaN where P_j = 0 and no term looks at it.
+  // product is 0, or NaN where P_j = 0 and no term looks at it. (LogRatio does more, and spills.)
   const float extra_inverse = target_inverse - input_inverse;
   const float shift = target_max - input_max;
   const bool far = fabsf(shift) * input_inverse > kFar;

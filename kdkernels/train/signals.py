@@ -2,7 +2,8 @@
 
 A handler's exception may come up between any two instructions. Python's queues and conditions do not stand that: a lock
 just taken is never given back, and what waits for it when the run ends (TensorBoard's writer, a progress bar) waits for
-ever. So such code runs inside `held`. And code in C now and then drops an exception: `check` raises it again.
+ever. So such code runs inside `held`, and what belongs together, as a checkpoint and the status that names it. And code
+in C now and then drops an exception: `check` raises it again.
 """
 
 import signal
